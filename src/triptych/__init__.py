@@ -1,0 +1,3 @@
+"""Triptych: mPLUG, BridgeTower and EVE in one library."""
+
+__version__ = "0.1.0"

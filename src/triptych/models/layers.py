@@ -1,0 +1,323 @@
+"""Attention and Transformer blocks, shared by every model.
+
+Shape legend: B batch, L query length, M memory length, D width, H heads, K head width, V vocabulary.
+Masks are boolean, ``True`` where a token is real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+Activation = Literal["gelu", "quick_gelu"]
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's activation ``x * sigmoid(1.702 x)``, written with the fused SiLU kernel."""
+    return F.silu(1.702 * x) * (1 / 1.702)
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+class KeyValueCache:
+    """Keys and values of one self-attention layer for a prefix that grows while decoding.
+
+    Room for ``capacity`` positions is allocated once; :meth:`append` writes in place.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._keys_BHMK: Tensor | None = None
+        self._values_BHMK: Tensor | None = None
+
+    def append(self, keys_BHLK: Tensor, values_BHLK: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the newest positions and return views of all keys and values up to now."""
+        end = self.length + keys_BHLK.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"key/value cache holds {self.capacity} positions, {end} were asked for")
+        if self._keys_BHMK is None or self._values_BHMK is None:
+            B, H, _, K = keys_BHLK.shape
+            self._keys_BHMK = keys_BHLK.new_empty(B, H, self.capacity, K)
+            self._values_BHMK = values_BHLK.new_empty(B, H, self.capacity, K)
+        self._keys_BHMK[:, :, self.length : end] = keys_BHLK
+        self._values_BHMK[:, :, self.length : end] = values_BHLK
+        self.length = end
+        return self._keys_BHMK[:, :, :end], self._values_BHMK[:, :, :end]
+
+    def select(self, rows_B: Tensor) -> None:
+        """Keep the given rows, in their order: what beam search does when beams change parents."""
+        if self._keys_BHMK is None or self._values_BHMK is None:
+            return
+        self._keys_BHMK = self._keys_BHMK.index_select(0, rows_B)
+        self._values_BHMK = self._values_BHMK.index_select(0, rows_B)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Keys and values of one cross-attention layer, computed once for a whole decoding.
+
+    ``mask_BM`` is ``None`` where every position is real.
+    """
+
+    keys_BHMK: Tensor
+    values_BHMK: Tensor
+    mask_BM: Tensor | None
+
+    def select(self, rows_B: Tensor) -> Memory:
+        """The given rows, in their order."""
+        mask_BM = None if self.mask_BM is None else self.mask_BM.index_select(0, rows_B)
+        return Memory(self.keys_BHMK.index_select(0, rows_B), self.values_BHMK.index_select(0, rows_B), mask_BM)
+
+
+class Attention(nn.Module):
+    """Multi-head attention: self (no memory given), or cross (over a memory), cached or not.
+
+    Args:
+        width: D, of queries and output.
+        heads: H; must divide ``width``.
+        memory_width: width of what is attended to, when it differs from ``width``.
+        dropout: on the attention probabilities, in training only.
+
+    ``explicit`` switches from PyTorch's fused kernel to written-out arithmetic with the same result; it then
+    keeps the probabilities of the last call in ``probabilities_BHLM`` (see :func:`record_attention`).
+    """
+
+    def __init__(
+        self, width: int, heads: int, *, memory_width: int | None = None, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"attention width {width} is not divisible by its {heads} heads")
+        self.heads = heads
+        self.dropout = dropout
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(memory_width or width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.explicit = False
+        self.probabilities_BHLM: Tensor | None = None
+
+    def remember(self, memory_BMD: Tensor, mask_BM: Tensor | None = None) -> Memory:
+        """Keys and values of a memory, to be attended to many times."""
+        keys_BHMK, values_BHMK = self._keys_values(memory_BMD)
+        return Memory(keys_BHMK, values_BHMK, mask_BM)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        memory: Tensor | Memory | None = None,
+        mask: Tensor | None = None,
+        *,
+        causal: bool = False,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Attend from ``x_BLD`` to itself, to a memory ``[B, M, D]``, or to a remembered :class:`Memory`.
+
+        Args:
+            mask: bool, ``[B, M]`` over keys or anything that broadcasts to ``[B, H, L, M]``.
+            causal: each query sees only keys at its own position and before.
+            cache: keys and values of the earlier positions; the new ones are appended.
+        """
+        query_BHLK = self._split(self.query(x_BLD))
+        if isinstance(memory, Memory):
+            return self.out(self._attend_shared(query_BHLK, memory))
+        keys_BHMK, values_BHMK = self._keys_values(x_BLD if memory is None else memory)
+        if cache is not None:
+            keys_BHMK, values_BHMK = cache.append(keys_BHMK, values_BHMK)
+            if causal and query_BHLK.shape[2] > 1:
+                mask = _causal_mask(query_BHLK.shape[2], keys_BHMK.shape[2], x_BLD.device)
+            causal = False
+        heads_BHLK = self._attend(query_BHLK, keys_BHMK, values_BHMK, mask, causal)
+        return self.out(_merge(heads_BHLK))
+
+    def _attend_shared(self, query_BHLK: Tensor, memory: Memory) -> Tensor:
+        """Several queries rows (beams) for one memory row share its keys and values without copies."""
+        rows, heads, length, head_width = query_BHLK.shape
+        batch = memory.keys_BHMK.shape[0]
+        if rows == batch:
+            shared_BHLK = query_BHLK
+        else:  # [batch * beams, H, L, K] -> [batch, H, beams * L, K]: beams become further queries
+            shared_BHLK = query_BHLK.view(batch, rows // batch, heads, length, head_width).transpose(1, 2)
+            shared_BHLK = shared_BHLK.reshape(batch, heads, rows // batch * length, head_width)
+        out_BHLK = self._attend(shared_BHLK, memory.keys_BHMK, memory.values_BHMK, memory.mask_BM, False)
+        if rows != batch:
+            out_BHLK = out_BHLK.reshape(batch, heads, rows // batch, length, head_width).transpose(1, 2)
+            out_BHLK = out_BHLK.reshape(rows, heads, length, head_width)
+        return _merge(out_BHLK)
+
+    def _attend(
+        self, query_BHLK: Tensor, keys_BHMK: Tensor, values_BHMK: Tensor, mask: Tensor | None, causal: bool
+    ) -> Tensor:
+        if mask is not None and mask.dim() == 2:
+            mask = mask[:, None, None, :]
+        if causal and mask is not None:
+            mask = mask & _causal_mask(query_BHLK.shape[2], keys_BHMK.shape[2], query_BHLK.device)
+            causal = False
+        dropout = self.dropout if self.training else 0.0
+        if not self.explicit:
+            return F.scaled_dot_product_attention(
+                query_BHLK, keys_BHMK, values_BHMK, attn_mask=mask, dropout_p=dropout, is_causal=causal
+            )
+        scores_BHLM = query_BHLK @ keys_BHMK.transpose(-1, -2) * query_BHLK.shape[-1] ** -0.5
+        if causal:
+            mask = _causal_mask(query_BHLK.shape[2], keys_BHMK.shape[2], query_BHLK.device)
+        if mask is not None:
+            scores_BHLM = scores_BHLM.masked_fill(~mask, float("-inf"))
+        self.probabilities_BHLM = scores_BHLM.float().softmax(-1).to(scores_BHLM.dtype)
+        return F.dropout(self.probabilities_BHLM, dropout, self.training) @ values_BHMK
+
+    def _keys_values(self, memory_BMD: Tensor) -> tuple[Tensor, Tensor]:
+        keys_BMD, values_BMD = self.key_value(memory_BMD).chunk(2, dim=-1)
+        return self._split(keys_BMD), self._split(values_BMD)
+
+    def _split(self, x_BLD: Tensor) -> Tensor:
+        B, L, D = x_BLD.shape
+        return x_BLD.view(B, L, self.heads, D // self.heads).transpose(1, 2)
+
+
+def _merge(x_BHLK: Tensor) -> Tensor:
+    return x_BHLK.transpose(1, 2).flatten(2)
+
+
+def _causal_mask(length: int, memory_length: int, device: torch.device) -> Tensor:
+    """[1, 1, L, M] for queries that are the last ``length`` of ``memory_length`` positions."""
+    ones = torch.ones(1, 1, length, memory_length, dtype=torch.bool, device=device)
+    return ones.tril(memory_length - length)
+
+
+def use_explicit_attention(model: nn.Module, explicit: bool = True) -> None:
+    """Switch every attention of a model between the fused kernel and written-out arithmetic."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.explicit = explicit
+            module.probabilities_BHLM = None
+
+
+@contextmanager
+def record_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Collect the attention probabilities ``[B, H, L, M]`` of every layer that runs inside the block.
+
+    The dictionary is filled when the block ends; its keys are the module names below ``model``.
+    """
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
+    before = {name: module.explicit for name, module in modules.items()}
+    maps: dict[str, Tensor] = {}
+    use_explicit_attention(model)
+    try:
+        yield maps
+        maps.update(
+            (name, module.probabilities_BHLM)
+            for name, module in modules.items()
+            if module.probabilities_BHLM is not None
+        )
+    finally:
+        for name, module in modules.items():
+            module.explicit = before[name]
+            module.probabilities_BHLM = None
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between them: [B, L, D] -> [B, L, F] -> [B, L, D]."""
+
+    def __init__(self, width: int, hidden: int, activation: Activation) -> None:
+        super().__init__()
+        self.expand = nn.Linear(width, hidden)
+        self.contract = nn.Linear(hidden, width)
+        self.activation = activation
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return self.contract(ACTIVATIONS[self.activation](self.expand(x_BLD)))
+
+
+class PreNormBlock(nn.Module):
+    """CLIP's Transformer block: ``x + attention(norm(x))``, then ``x + ffn(norm(x))``.
+
+    Source: openai/CLIP ``clip/model.py`` ResidualAttentionBlock.
+    """
+
+    def __init__(
+        self, width: int, heads: int, hidden: int, *, activation: Activation, eps: float, dropout: float
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        self.attention = Attention(width, heads, dropout=dropout)
+        self.ffn_norm = nn.LayerNorm(width, eps=eps)
+        self.ffn = FeedForward(width, hidden, activation)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
+        return x_BLD + self.ffn(self.ffn_norm(x_BLD))
+
+
+class PostNormBlock(nn.Module):
+    """BERT's Transformer block, ``norm(x + sublayer(x))``, with cross-attention where ``cross`` is set.
+
+    Source: Devlin et al. 2019; with cross-attention as ALBEF ``models/xbert.py`` BertLayer.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        *,
+        eps: float,
+        dropout: float,
+        attention_dropout: float,
+        cross: bool = False,
+        activation: Activation = "gelu",
+    ) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads, dropout=attention_dropout)
+        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        self.cross_attention = Attention(width, heads, dropout=attention_dropout) if cross else None
+        self.cross_norm = nn.LayerNorm(width, eps=eps) if cross else None
+        self.ffn = FeedForward(width, hidden, activation)
+        self.ffn_norm = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        mask_BL: Tensor | None = None,
+        memory: Tensor | Memory | None = None,
+        memory_mask_BM: Tensor | None = None,
+        *,
+        causal: bool = False,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        attended_BLD = self.attention(x_BLD, mask=mask_BL, causal=causal, cache=cache)
+        x_BLD = self.attention_norm(x_BLD + self.dropout(attended_BLD))
+        if self.cross_attention is not None and self.cross_norm is not None:
+            crossed_BLD = self.cross_attention(x_BLD, memory, memory_mask_BM)
+            x_BLD = self.cross_norm(x_BLD + self.dropout(crossed_BLD))
+        return self.ffn_norm(x_BLD + self.dropout(self.ffn(x_BLD)))
+
+
+def run_block(block: nn.Module, *args: object, checkpointing: bool, **kwargs: object) -> Tensor:
+    """Call a block; with ``checkpointing`` its activations are recomputed in the backward pass."""
+    if checkpointing and torch.is_grad_enabled():
+        out: Tensor = checkpoint(block, *args, use_reentrant=False, **kwargs)
+        return out
+    plain: Tensor = block(*args, **kwargs)
+    return plain
+
+
+def init_weights(module: nn.Module, std: float = 0.02) -> None:
+    """BERT's initialisation: linear and embedding weights N(0, std), biases 0, norms 1 and 0."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding | nn.Conv2d):
+            nn.init.normal_(part.weight, std=std)
+            if isinstance(part, nn.Linear | nn.Conv2d) and part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)

@@ -1,0 +1,259 @@
+"""mPLUG: effective and efficient vision-language learning by cross-modal skip-connections.
+
+Li et al., EMNLP 2022, arXiv 2205.12005. Official code: X-PLUG/mPLUG ``models/modeling_mplug.py``, ``models/model_*_mplug.py``.
+
+Shape legend: B batch, N image tokens, L text tokens, D width (text side), E embedding width, V vocabulary,
+X selected tokens, P pooled width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from triptych.models.layers import PostNormBlock, init_weights, run_block
+from triptych.models.protocol import Encoded, Fused, VisionLanguageModel
+from triptych.models.text import LanguageHead, TextConfig, TextDecoder, TextEncoder
+from triptych.models.vision import VisionConfig, VisionTransformer
+
+FusionKind = Literal["skip", "co_attention", "connected", "asymmetric"]
+SkipRule = Literal["released", "paper"]
+
+
+@dataclass(frozen=True)
+class MPlugConfig:
+    """Sizes of an mPLUG.
+
+    Attributes:
+        text_layers, fusion_layers, decoder_layers: depths of the three BERT stacks.
+        fusion: ``skip`` is mPLUG; the others are the networks the paper compares it with (figure 4).
+        stride: S, asymmetric layers between two connected ones.
+        skip_rule: ``released`` connects layer j = 0.. where ``j != 0 and j % S == 0`` (modeling_mplug.py:471; published
+            weights need it), ``paper`` connects layer i = 1.. where ``i % (S + 1) == 0`` (Algorithm 1). They agree for S = 3.
+        embed_dim: E of the contrastive projections.
+        temperature: start value of the learnable temperature.
+    """
+
+    vision: VisionConfig
+    text: TextConfig = field(default_factory=TextConfig)
+    text_layers: int = 6
+    fusion_layers: int = 6
+    decoder_layers: int = 12
+    fusion: FusionKind = "skip"
+    stride: int = 3
+    skip_rule: SkipRule = "released"
+    embed_dim: int = 256
+    temperature: float = 0.07
+
+    def __post_init__(self) -> None:
+        if self.stride < 1:
+            raise ValueError(f"stride must be at least 1, not {self.stride}")
+
+    def connected(self) -> tuple[bool, ...]:
+        """Which fusion layers use connected attention."""
+        layers = range(self.fusion_layers)
+        if self.fusion == "connected":
+            return tuple(True for _ in layers)
+        if self.fusion != "skip":
+            return tuple(False for _ in layers)
+        if self.skip_rule == "released":
+            return tuple(j != 0 and j % self.stride == 0 for j in layers)
+        return tuple((j + 1) % (self.stride + 1) == 0 for j in layers)
+
+
+class WidthBridge(nn.Module):
+    """Image states of another width than the text side's: linear, norm, dropout (mPLUG-large, model_vqa_mplug.py:33)."""
+
+    def __init__(self, vision_width: int, config: TextConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(vision_width, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        init_weights(self)
+
+    def forward(self, image_BNW: Tensor) -> Tensor:
+        image_BND: Tensor = self.dropout(self.norm(self.linear(image_BNW)))
+        return image_BND
+
+
+class AsymmetricLayer(nn.Module):
+    """The text attends to itself, then to the image; the image is left as it is (paper section 2.2)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.block = config.block(cross=True)
+
+    def forward(
+        self, image_BND: Tensor, text_BLD: Tensor, image_mask_BN: Tensor | None, text_mask_BL: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return image_BND, self.block(text_BLD, text_mask_BL, image_BND, image_mask_BN)
+
+
+class ConnectedLayer(nn.Module):
+    """One self-attention over ``[image; text]`` (paper equations 4 and 5).
+
+    ``summed_skip`` adds the image stream from before the layer to its result without a norm, as the released network does
+    (modeling_mplug.py:679-681); the paper's equations do not have it.
+    """
+
+    def __init__(self, config: TextConfig, *, summed_skip: bool) -> None:
+        super().__init__()
+        self.block = config.block(cross=False)
+        self.summed_skip = summed_skip
+
+    def forward(
+        self, image_BND: Tensor, text_BLD: Tensor, image_mask_BN: Tensor | None, text_mask_BL: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        image, text = Encoded(image_BND, image_mask_BN), Encoded(text_BLD, text_mask_BL)
+        mask_BM = None
+        if image_mask_BN is not None or text_mask_BL is not None:
+            mask_BM = torch.cat([image.real_BL(), text.real_BL()], dim=1)
+        joint_BMD = self.block(torch.cat([image_BND, text_BLD], dim=1), mask_BM)
+        new_image_BND, text_BLD = joint_BMD.split([image_BND.shape[1], text_BLD.shape[1]], dim=1)
+        return (image_BND + new_image_BND if self.summed_skip else new_image_BND), text_BLD
+
+
+class CoAttentionLayer(nn.Module):
+    """Both sides attend to themselves and to the other side's input (the paper's two-sided baseline)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.image_block = config.block(cross=True)
+        self.text_block = config.block(cross=True)
+
+    def forward(
+        self, image_BND: Tensor, text_BLD: Tensor, image_mask_BN: Tensor | None, text_mask_BL: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            self.image_block(image_BND, image_mask_BN, text_BLD, text_mask_BL),
+            self.text_block(text_BLD, text_mask_BL, image_BND, image_mask_BN),
+        )
+
+
+class FusionNetwork(nn.Module):
+    """A stack of fusion layers, for any kind of fusion the paper compares."""
+
+    def __init__(self, config: MPlugConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self._layer(config, connected) for connected in config.connected())
+        self.checkpointing = False
+        init_weights(self)
+
+    @staticmethod
+    def _layer(config: MPlugConfig, connected: bool) -> nn.Module:
+        if config.fusion == "co_attention":
+            return CoAttentionLayer(config.text)
+        if connected:
+            return ConnectedLayer(config.text, summed_skip=config.fusion == "skip")
+        return AsymmetricLayer(config.text)
+
+    def forward(self, image: Encoded, text: Encoded) -> Fused:
+        """Fuse row b of the image with row b of the text."""
+        image_BND, text_BLD = image.hidden_BLD, text.hidden_BLD
+        for layer in self.layers:
+            image_BND, text_BLD = cast(
+                tuple[Tensor, Tensor],
+                run_block(
+                    layer, image_BND, text_BLD, image.mask_BL, text.mask_BL, checkpointing=self.checkpointing
+                ),
+            )
+        return Fused(image_BND, text_BLD, text_BLD[:, 0], image.mask_BL, text.mask_BL)
+
+
+class MaskedLanguageHead(nn.Module):
+    """The MLM head with a word table of its own (official: tied to the fusion encoder's otherwise unused embeddings)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.width)
+        self.head = LanguageHead(config)
+        init_weights(self)
+
+    def forward(self, hidden_XD: Tensor) -> Tensor:
+        logits_XV: Tensor = self.head(hidden_XD, self.word.weight)
+        return logits_XV
+
+
+class MPlug(VisionLanguageModel):
+    """Vision Transformer, text encoder, skip-connected fusion, and a decoder on any encoded or fused state."""
+
+    model_type: ClassVar[str] = "mplug"
+
+    def __init__(self, config: MPlugConfig) -> None:
+        super().__init__()
+        self.config = config
+        text, vision = config.text, config.vision
+        self.width = self.pooled_width = text.width
+        self.embed_dim = config.embed_dim
+        self.vision = VisionTransformer(vision)
+        self.bridge = WidthBridge(vision.width, text) if vision.width != text.width else nn.Identity()
+        self.text = TextEncoder(text, config.text_layers)
+        self.fusion = FusionNetwork(config)
+        self.decoder = TextDecoder(text, config.decoder_layers)
+        self.image_projection = nn.Linear(text.width, config.embed_dim)
+        self.text_projection = nn.Linear(text.width, config.embed_dim)
+        self.match_head = nn.Linear(text.width, 2)
+        self.masked_head = MaskedLanguageHead(text)
+        self.temperature = nn.Parameter(torch.tensor(config.temperature))
+        for head in (self.image_projection, self.text_projection, self.match_head):
+            init_weights(head)
+
+    def encode_image(self, pixels_BCHW: Tensor) -> Encoded:
+        """[B, 3, H, W] normalised pixels to [B, N, D]."""
+        return Encoded(self.bridge(self.vision(pixels_BCHW)))
+
+    def encode_text(self, ids_BL: Tensor, mask_BL: Tensor | None = None) -> Encoded:
+        """[B, L] ids, ``[CLS] words`` (official convention: no ``[SEP]``), to [B, L, D]."""
+        return Encoded(self.text(ids_BL, mask_BL), mask_BL)
+
+    def embed_image(self, image: Encoded) -> Tensor:
+        return F.normalize(self.image_projection(image.hidden_BLD[:, 0]), dim=-1)
+
+    def embed_text(self, text: Encoded) -> Tensor:
+        return F.normalize(self.text_projection(text.hidden_BLD[:, 0]), dim=-1)
+
+    def fuse(self, image: Encoded, text: Encoded) -> Fused:
+        fused: Fused = self.fusion(image, text)
+        return fused
+
+    def match_logits(self, fused: Fused) -> Tensor:
+        logits_B2: Tensor = self.match_head(fused.pooled_BP)
+        return logits_B2
+
+    def masked_logits(self, text_XD: Tensor) -> Tensor:
+        logits_XV: Tensor = self.masked_head(text_XD)
+        return logits_XV
+
+
+_BASE_VISION = VisionConfig(width=768, layers=12, heads=12, patch=16, image_size=256)
+_LARGE_VISION = VisionConfig(width=1024, layers=24, heads=16, patch=14, image_size=224)
+_SMALL_TEXT = TextConfig(vocab_size=8192, width=256, heads=4, ffn=1024, max_positions=128)
+_TINY_TEXT = TextConfig(vocab_size=256, width=128, heads=2, ffn=512, max_positions=64, dropout=0.0, attention_dropout=0.0)
+
+SIZES: dict[str, MPlugConfig] = {
+    "tiny": MPlugConfig(
+        VisionConfig(width=128, layers=4, heads=2, patch=8, image_size=64),
+        _TINY_TEXT,
+        text_layers=2,
+        fusion_layers=4,
+        decoder_layers=2,
+        stride=2,
+        embed_dim=64,
+    ),
+    "small": MPlugConfig(
+        VisionConfig(width=256, layers=6, heads=4, patch=16, image_size=128),
+        _SMALL_TEXT,
+        text_layers=3,
+        fusion_layers=4,
+        decoder_layers=3,
+        stride=3,
+        embed_dim=128,
+    ),
+    "base": MPlugConfig(_BASE_VISION),
+    "large": MPlugConfig(_LARGE_VISION, stride=6),
+}
+"""Published sizes (``base``: ViT-B/16 and S = 3, ``large``: ViT-L/14 and S = 6) and two that train on a CPU."""

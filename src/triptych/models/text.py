@@ -1,0 +1,185 @@
+"""BERT: embeddings, an encoder, a decoder that attends to any fused state, and the language-model head.
+
+Shape legend: B batch, L text tokens, M memory tokens, D width, V vocabulary, X selected tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from triptych.models.layers import KeyValueCache, Memory, PostNormBlock, init_weights, run_block
+from triptych.models.protocol import Encoded
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Sizes of a BERT; the number of layers is given where they are built."""
+
+    vocab_size: int = 30522
+    width: int = 768
+    heads: int = 12
+    ffn: int = 3072
+    max_positions: int = 512
+    layer_norm_eps: float = 1e-12
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+
+    def block(self, *, cross: bool) -> PostNormBlock:
+        """One Transformer layer of these sizes."""
+        return PostNormBlock(
+            self.width,
+            self.heads,
+            self.ffn,
+            eps=self.layer_norm_eps,
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
+            cross=cross,
+        )
+
+
+class TextEmbeddings(nn.Module):
+    """Word + position + segment embeddings, normalised. Only segment 0 is ever used, so it is one vector."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.width)
+        self.position = nn.Embedding(config.max_positions, config.width)
+        self.segment = nn.Parameter(torch.zeros(config.width))
+        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, ids_BL: Tensor, start: int = 0) -> Tensor:
+        """``start`` is the position of the first id, for decoding one token at a time."""
+        end = start + ids_BL.shape[1]
+        if end > self.position.num_embeddings:
+            raise ValueError(f"a text of {end} tokens is longer than the {self.position.num_embeddings} positions")
+        x_BLD = self.word(ids_BL) + self.position.weight[start:end] + self.segment
+        out_BLD: Tensor = self.dropout(self.norm(x_BLD))
+        return out_BLD
+
+
+class TextEncoder(nn.Module):
+    """Bidirectional BERT without pooler."""
+
+    def __init__(self, config: TextConfig, layers: int) -> None:
+        super().__init__()
+        self.embeddings = TextEmbeddings(config)
+        self.blocks = nn.ModuleList(config.block(cross=False) for _ in range(layers))
+        self.checkpointing = False
+        init_weights(self)
+
+    def forward(self, ids_BL: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+        """[B, L] ids to [B, L, D] states; padding is never attended to."""
+        x_BLD = self.embeddings(ids_BL)
+        for block in self.blocks:
+            x_BLD = run_block(block, x_BLD, mask_BL, checkpointing=self.checkpointing)
+        return x_BLD
+
+
+class LanguageHead(nn.Module):
+    """BERT's vocabulary head: dense, GELU, norm, then the (tied) word embeddings and a bias."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.transform = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        init_weights(self)
+
+    def forward(self, hidden_XD: Tensor, word_VD: Tensor) -> Tensor:
+        """[..., D] states to [..., V] logits over the given word embeddings."""
+        hidden_XD = self.norm(F.gelu(self.transform(hidden_XD)))
+        return F.linear(hidden_XD, word_VD, self.bias)
+
+
+@dataclass
+class DecoderState:
+    """What a decoder keeps between tokens: the growing prefix and the memory, layer by layer."""
+
+    prefix: list[KeyValueCache]
+    memory: list[Memory]
+
+    @property
+    def length(self) -> int:
+        """Tokens decoded so far."""
+        return self.prefix[0].length
+
+    def select(self, rows_B: Tensor) -> None:
+        """Reorder (or multiply) the rows of the prefix. The memory stays: beams of a row share it."""
+        for cache in self.prefix:
+            cache.select(rows_B)
+
+    def keep(self, examples: Tensor, rows_B: Tensor) -> None:
+        """Drop finished examples: ``examples`` index the memory, ``rows_B`` the prefix."""
+        self.select(rows_B)
+        self.memory = [memory.select(examples) for memory in self.memory]
+
+
+class TextDecoder(nn.Module):
+    """Causal BERT that cross-attends to any encoded or fused state; vocabulary head tied to its word embeddings.
+
+    Source: X-PLUG/mPLUG ``models/modeling_mplug.py`` BertLMHeadModel, BertPrefixModel.
+    """
+
+    def __init__(self, config: TextConfig, layers: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = TextEmbeddings(config)
+        self.blocks = nn.ModuleList(config.block(cross=True) for _ in range(layers))
+        self.head = LanguageHead(config)
+        self.checkpointing = False
+        init_weights(self)
+
+    def forward(self, ids_BL: Tensor, memory: Encoded, mask_BL: Tensor | None = None) -> Tensor:
+        """States [B, L, D] of every position of a given text (training, scoring).
+
+        Padding at the end needs no mask, since a causal model never looks ahead; with one, padding does not even see itself.
+        """
+        x_BLD = self.embeddings(ids_BL)
+        for block in self.blocks:
+            x_BLD = run_block(
+                block,
+                x_BLD,
+                mask_BL,
+                memory=memory.hidden_BLD,
+                memory_mask_BM=memory.mask_BL,
+                causal=True,
+                checkpointing=self.checkpointing,
+            )
+        return x_BLD
+
+    def logits(self, hidden_XD: Tensor) -> Tensor:
+        """[..., D] states to [..., V] logits."""
+        out: Tensor = self.head(hidden_XD, self.embeddings.word.weight)
+        return out
+
+    def start(self, memory: Encoded, capacity: int) -> DecoderState:
+        """Prepare decoding of at most ``capacity`` tokens: keys and values of the memory are computed once."""
+        memories = []
+        for block in self.blocks:
+            assert isinstance(block, PostNormBlock)
+            assert block.cross_attention is not None
+            memories.append(block.cross_attention.remember(memory.hidden_BLD, memory.mask_BL))
+        return DecoderState([KeyValueCache(capacity) for _ in self.blocks], memories)
+
+    def step(self, ids_BL: Tensor, state: DecoderState) -> Tensor:
+        """Logits [B, V] for the token after ``ids_BL``, the newest tokens of each row.
+
+        B may be a multiple of the memory's rows: consecutive rows (beams) then share one memory.
+        """
+        x_BLD = self.embeddings(ids_BL, start=state.length)
+        for block, cache, memory in zip(self.blocks, state.prefix, state.memory, strict=True):
+            x_BLD = block(x_BLD, memory=memory, causal=True, cache=cache)
+        return self.logits(x_BLD[:, -1])
+
+
+def pad_ids(rows: Sequence[Sequence[int]], pad: int, device: torch.device | None = None) -> Tensor:
+    """Rows of ids as one [B, L] tensor, padded at the end."""
+    length = max(len(row) for row in rows)
+    padded = [list(row) + [pad] * (length - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.long, device=device)
