@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from triptych.models.protocol import Encoded
 
 Activation = Literal["gelu", "quick_gelu"]
 
@@ -91,9 +93,7 @@ class Attention(nn.Module):
     keeps the probabilities of the last call in ``probabilities_BHLM`` (see :func:`record_attention`).
     """
 
-    def __init__(
-        self, width: int, heads: int, *, memory_width: int | None = None, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, width: int, heads: int, *, memory_width: int | None = None, dropout: float = 0.0) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"attention width {width} is not divisible by its {heads} heads")
@@ -284,6 +284,12 @@ class PostNormBlock(nn.Module):
         self.ffn_norm = nn.LayerNorm(width, eps=eps)
         self.dropout = nn.Dropout(dropout)
 
+    def remember(self, memory: Encoded) -> Memory:
+        """Keys and values of a memory for this block's cross-attention."""
+        if self.cross_attention is None:
+            raise ValueError("this block has no cross-attention")
+        return self.cross_attention.remember(memory.hidden_BLD, memory.mask_BL)
+
     def forward(
         self,
         x_BLD: Tensor,
@@ -302,13 +308,11 @@ class PostNormBlock(nn.Module):
         return self.ffn_norm(x_BLD + self.dropout(self.ffn(x_BLD)))
 
 
-def run_block(block: nn.Module, *args: object, checkpointing: bool, **kwargs: object) -> Tensor:
+def run_block(block: nn.Module, *args: Any, checkpointing: bool, **kwargs: Any) -> Any:
     """Call a block; with ``checkpointing`` its activations are recomputed in the backward pass."""
     if checkpointing and torch.is_grad_enabled():
-        out: Tensor = checkpoint(block, *args, use_reentrant=False, **kwargs)
-        return out
-    plain: Tensor = block(*args, **kwargs)
-    return plain
+        return checkpoint(block, *args, use_reentrant=False, **kwargs)
+    return block(*args, **kwargs)
 
 
 def init_weights(module: nn.Module, std: float = 0.02) -> None:

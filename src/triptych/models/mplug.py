@@ -1,6 +1,7 @@
 """mPLUG: effective and efficient vision-language learning by cross-modal skip-connections.
 
-Li et al., EMNLP 2022, arXiv 2205.12005. Official code: X-PLUG/mPLUG ``models/modeling_mplug.py``, ``models/model_*_mplug.py``.
+Li et al., EMNLP 2022, arXiv 2205.12005. Official code: X-PLUG/mPLUG ``models/modeling_mplug.py`` and
+``models/model_*_mplug.py``.
 
 Shape legend: B batch, N image tokens, L text tokens, D width (text side), E embedding width, V vocabulary,
 X selected tokens, P pooled width.
@@ -9,13 +10,13 @@ X selected tokens, P pooled width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from triptych.models.layers import PostNormBlock, init_weights, run_block
+from triptych.models.layers import Memory, init_weights, run_block
 from triptych.models.protocol import Encoded, Fused, VisionLanguageModel
 from triptych.models.text import LanguageHead, TextConfig, TextDecoder, TextEncoder
 from triptych.models.vision import VisionConfig, VisionTransformer
@@ -33,7 +34,8 @@ class MPlugConfig:
         fusion: ``skip`` is mPLUG; the others are the networks the paper compares it with (figure 4).
         stride: S, asymmetric layers between two connected ones.
         skip_rule: ``released`` connects layer j = 0.. where ``j != 0 and j % S == 0`` (modeling_mplug.py:471; published
-            weights need it), ``paper`` connects layer i = 1.. where ``i % (S + 1) == 0`` (Algorithm 1). They agree for S = 3.
+            weights need it), ``paper`` connects layer i = 1.. where ``i % (S + 1) == 0`` (Algorithm 1). For S = 3 they
+            agree.
         embed_dim: E of the contrastive projections.
         temperature: start value of the learnable temperature.
     """
@@ -66,7 +68,7 @@ class MPlugConfig:
 
 
 class WidthBridge(nn.Module):
-    """Image states of another width than the text side's: linear, norm, dropout (mPLUG-large, model_vqa_mplug.py:33)."""
+    """Brings image states to the text side's width (mPLUG-large, model_vqa_mplug.py:33)."""
 
     def __init__(self, vision_width: int, config: TextConfig) -> None:
         super().__init__()
@@ -76,8 +78,7 @@ class WidthBridge(nn.Module):
         init_weights(self)
 
     def forward(self, image_BNW: Tensor) -> Tensor:
-        image_BND: Tensor = self.dropout(self.norm(self.linear(image_BNW)))
-        return image_BND
+        return self.dropout(self.norm(self.linear(image_BNW)))
 
 
 class AsymmetricLayer(nn.Module):
@@ -87,17 +88,18 @@ class AsymmetricLayer(nn.Module):
         super().__init__()
         self.block = config.block(cross=True)
 
-    def forward(
-        self, image_BND: Tensor, text_BLD: Tensor, image_mask_BN: Tensor | None, text_mask_BL: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return image_BND, self.block(text_BLD, text_mask_BL, image_BND, image_mask_BN)
+    def forward(self, image: Encoded, text: Encoded, image_rows_B: Tensor | None) -> tuple[Tensor, Tensor]:
+        memory: Tensor | Memory = image.hidden_BLD
+        if image_rows_B is not None:  # keys and values once an image, however many texts it meets
+            memory = self.block.remember(image).select(image_rows_B)
+        return image.hidden_BLD, self.block(text.hidden_BLD, text.mask_BL, memory, image.mask_BL)
 
 
 class ConnectedLayer(nn.Module):
     """One self-attention over ``[image; text]`` (paper equations 4 and 5).
 
-    ``summed_skip`` adds the image stream from before the layer to its result without a norm, as the released network does
-    (modeling_mplug.py:679-681); the paper's equations do not have it.
+    ``summed_skip`` adds the image stream from before the layer to its result without a norm, as the released
+    network does (modeling_mplug.py:679-681); the paper's equations do not have it.
     """
 
     def __init__(self, config: TextConfig, *, summed_skip: bool) -> None:
@@ -105,16 +107,11 @@ class ConnectedLayer(nn.Module):
         self.block = config.block(cross=False)
         self.summed_skip = summed_skip
 
-    def forward(
-        self, image_BND: Tensor, text_BLD: Tensor, image_mask_BN: Tensor | None, text_mask_BL: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        image, text = Encoded(image_BND, image_mask_BN), Encoded(text_BLD, text_mask_BL)
-        mask_BM = None
-        if image_mask_BN is not None or text_mask_BL is not None:
-            mask_BM = torch.cat([image.real_BL(), text.real_BL()], dim=1)
-        joint_BMD = self.block(torch.cat([image_BND, text_BLD], dim=1), mask_BM)
-        new_image_BND, text_BLD = joint_BMD.split([image_BND.shape[1], text_BLD.shape[1]], dim=1)
-        return (image_BND + new_image_BND if self.summed_skip else new_image_BND), text_BLD
+    def forward(self, image: Encoded, text: Encoded) -> tuple[Tensor, Tensor]:
+        joint = Encoded.join(image, text)
+        joint_BMD = self.block(joint.hidden_BLD, joint.mask_BL)
+        image_BND, text_BLD = joint_BMD.split([image.hidden_BLD.shape[1], text.hidden_BLD.shape[1]], dim=1)
+        return (image.hidden_BLD + image_BND if self.summed_skip else image_BND), text_BLD
 
 
 class CoAttentionLayer(nn.Module):
@@ -125,12 +122,10 @@ class CoAttentionLayer(nn.Module):
         self.image_block = config.block(cross=True)
         self.text_block = config.block(cross=True)
 
-    def forward(
-        self, image_BND: Tensor, text_BLD: Tensor, image_mask_BN: Tensor | None, text_mask_BL: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, image: Encoded, text: Encoded) -> tuple[Tensor, Tensor]:
         return (
-            self.image_block(image_BND, image_mask_BN, text_BLD, text_mask_BL),
-            self.text_block(text_BLD, text_mask_BL, image_BND, image_mask_BN),
+            self.image_block(image.hidden_BLD, image.mask_BL, text.hidden_BLD, text.mask_BL),
+            self.text_block(text.hidden_BLD, text.mask_BL, image.hidden_BLD, image.mask_BL),
         )
 
 
@@ -151,21 +146,23 @@ class FusionNetwork(nn.Module):
             return ConnectedLayer(config.text, summed_skip=config.fusion == "skip")
         return AsymmetricLayer(config.text)
 
-    def forward(self, image: Encoded, text: Encoded) -> Fused:
-        """Fuse row b of the image with row b of the text."""
-        image_BND, text_BLD = image.hidden_BLD, text.hidden_BLD
+    def forward(self, image: Encoded, text: Encoded, image_rows_B: Tensor | None = None) -> Fused:
+        """Fuse row b of the text with row b of the image, or with row ``image_rows_B[b]`` of it."""
         for layer in self.layers:
-            image_BND, text_BLD = cast(
-                tuple[Tensor, Tensor],
-                run_block(
-                    layer, image_BND, text_BLD, image.mask_BL, text.mask_BL, checkpointing=self.checkpointing
-                ),
-            )
-        return Fused(image_BND, text_BLD, text_BLD[:, 0], image.mask_BL, text.mask_BL)
+            if isinstance(layer, AsymmetricLayer):
+                image_BND, text_BLD = run_block(layer, image, text, image_rows_B, checkpointing=self.checkpointing)
+            else:  # here every text changes its image, so each needs a copy
+                if image_rows_B is not None:
+                    image, image_rows_B = image.rows(image_rows_B), None
+                image_BND, text_BLD = run_block(layer, image, text, checkpointing=self.checkpointing)
+            image, text = Encoded(image_BND, image.mask_BL), Encoded(text_BLD, text.mask_BL)
+        if image_rows_B is not None:
+            image = image.rows(image_rows_B)
+        return Fused(image.hidden_BLD, text.hidden_BLD, text.hidden_BLD[:, 0], image.mask_BL, text.mask_BL)
 
 
 class MaskedLanguageHead(nn.Module):
-    """The MLM head with a word table of its own (official: tied to the fusion encoder's otherwise unused embeddings)."""
+    """The MLM head and its word table (official: the fusion encoder's otherwise unused embeddings)."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -174,8 +171,7 @@ class MaskedLanguageHead(nn.Module):
         init_weights(self)
 
     def forward(self, hidden_XD: Tensor) -> Tensor:
-        logits_XV: Tensor = self.head(hidden_XD, self.word.weight)
-        return logits_XV
+        return self.head(hidden_XD, self.word.weight)
 
 
 class MPlug(VisionLanguageModel):
@@ -216,23 +212,22 @@ class MPlug(VisionLanguageModel):
     def embed_text(self, text: Encoded) -> Tensor:
         return F.normalize(self.text_projection(text.hidden_BLD[:, 0]), dim=-1)
 
-    def fuse(self, image: Encoded, text: Encoded) -> Fused:
-        fused: Fused = self.fusion(image, text)
-        return fused
+    def fuse(self, image: Encoded, text: Encoded, image_rows_B: Tensor | None = None) -> Fused:
+        return self.fusion(image, text, image_rows_B)
 
     def match_logits(self, fused: Fused) -> Tensor:
-        logits_B2: Tensor = self.match_head(fused.pooled_BP)
-        return logits_B2
+        return self.match_head(fused.pooled_BP)
 
     def masked_logits(self, text_XD: Tensor) -> Tensor:
-        logits_XV: Tensor = self.masked_head(text_XD)
-        return logits_XV
+        return self.masked_head(text_XD)
 
 
 _BASE_VISION = VisionConfig(width=768, layers=12, heads=12, patch=16, image_size=256)
 _LARGE_VISION = VisionConfig(width=1024, layers=24, heads=16, patch=14, image_size=224)
 _SMALL_TEXT = TextConfig(vocab_size=8192, width=256, heads=4, ffn=1024, max_positions=128)
-_TINY_TEXT = TextConfig(vocab_size=256, width=128, heads=2, ffn=512, max_positions=64, dropout=0.0, attention_dropout=0.0)
+_TINY_TEXT = TextConfig(
+    vocab_size=256, width=128, heads=2, ffn=512, max_positions=64, dropout=0.0, attention_dropout=0.0
+)
 
 SIZES: dict[str, MPlugConfig] = {
     "tiny": MPlugConfig(

@@ -8,10 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from triptych.models.text import TextDecoder
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,30 @@ class Encoded:
 
     @staticmethod
     def stack(parts: Sequence[Encoded]) -> Encoded:
-        """Batches of the same length, one after the other."""
-        masks = [part.mask_BL for part in parts]
+        """Several batches under each other, shorter ones padded to the longest."""
+        length = max(part.hidden_BLD.shape[1] for part in parts)
+        parts = [part.pad(length) for part in parts]
         mask_BL = None
-        if any(mask is not None for mask in masks):
+        if any(part.mask_BL is not None for part in parts):
             mask_BL = torch.cat([part.real_BL() for part in parts])
         levels = tuple(torch.cat(level) for level in zip(*(part.levels for part in parts), strict=True))
         return Encoded(torch.cat([part.hidden_BLD for part in parts]), mask_BL, levels)
+
+    def pad(self, length: int) -> Encoded:
+        """Padding at the end, up to ``length`` tokens."""
+        extra = length - self.hidden_BLD.shape[1]
+        if extra == 0:
+            return self
+        hidden_BLD, *levels = (F.pad(x_BLD, (0, 0, 0, extra)) for x_BLD in (self.hidden_BLD, *self.levels))
+        return Encoded(hidden_BLD, F.pad(self.real_BL(), (0, extra)), tuple(levels))
+
+    @staticmethod
+    def join(first: Encoded, second: Encoded) -> Encoded:
+        """The tokens of two sequences, one after the other, in every row."""
+        mask_BL = None
+        if first.mask_BL is not None or second.mask_BL is not None:
+            mask_BL = torch.cat([first.real_BL(), second.real_BL()], dim=1)
+        return Encoded(torch.cat([first.hidden_BLD, second.hidden_BLD], dim=1), mask_BL)
 
     def real_BL(self) -> Tensor:
         """The mask, written out where it is ``None``."""
@@ -82,14 +103,15 @@ class Fused:
     image_mask_BN: Tensor | None = None
     text_mask_BL: Tensor | None = None
 
+    def rows(self, index: Tensor | slice) -> Fused:
+        """The given rows of the batch."""
+        masks = (None if mask is None else mask[index] for mask in (self.image_mask_BN, self.text_mask_BL))
+        return Fused(self.image_BND[index], self.text_BLD[index], self.pooled_BP[index], *masks)
+
     def states(self) -> Encoded:
         """``[image; text]``, what a decoder attends to (mPLUG: image first)."""
-        image = Encoded(self.image_BND, self.image_mask_BN)
-        text = Encoded(self.text_BLD, self.text_mask_BL)
-        mask_BM = None
-        if self.image_mask_BN is not None or self.text_mask_BL is not None:
-            mask_BM = torch.cat([image.real_BL(), text.real_BL()], dim=1)
-        return Encoded(torch.cat([self.image_BND, self.text_BLD], dim=1), mask_BM)
+        image, text = Encoded(self.image_BND, self.image_mask_BN), Encoded(self.text_BLD, self.text_mask_BL)
+        return Encoded.join(image, text)
 
 
 class VisionLanguageModel(nn.Module, ABC):
@@ -103,6 +125,7 @@ class VisionLanguageModel(nn.Module, ABC):
     pooled_width: int
     embed_dim: int
     temperature: nn.Parameter
+    decoder: TextDecoder | None
 
     @abstractmethod
     def encode_image(self, pixels_BCHW: Tensor) -> Encoded:
@@ -121,8 +144,11 @@ class VisionLanguageModel(nn.Module, ABC):
         """Unit-length contrastive embeddings ``[B, E]``."""
 
     @abstractmethod
-    def fuse(self, image: Encoded, text: Encoded) -> Fused:
-        """Fuse row b of the image with row b of the text."""
+    def fuse(self, image: Encoded, text: Encoded, image_rows_B: Tensor | None = None) -> Fused:
+        """Fuse row b of the text with row b of the image, or with row ``image_rows_B[b]`` of it.
+
+        Giving the rows instead of copied images lets work that depends on the image alone be done once an image.
+        """
 
     @abstractmethod
     def match_logits(self, fused: Fused) -> Tensor:

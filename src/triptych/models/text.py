@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,7 @@ class TextEmbeddings(nn.Module):
         if end > self.position.num_embeddings:
             raise ValueError(f"a text of {end} tokens is longer than the {self.position.num_embeddings} positions")
         x_BLD = self.word(ids_BL) + self.position.weight[start:end] + self.segment
-        out_BLD: Tensor = self.dropout(self.norm(x_BLD))
-        return out_BLD
+        return self.dropout(self.norm(x_BLD))
 
 
 class TextEncoder(nn.Module):
@@ -138,7 +138,8 @@ class TextDecoder(nn.Module):
     def forward(self, ids_BL: Tensor, memory: Encoded, mask_BL: Tensor | None = None) -> Tensor:
         """States [B, L, D] of every position of a given text (training, scoring).
 
-        Padding at the end needs no mask, since a causal model never looks ahead; with one, padding does not even see itself.
+        Padding at the end needs no mask, since a causal model never looks ahead; with a mask, padding does not
+        even see itself.
         """
         x_BLD = self.embeddings(ids_BL)
         for block in self.blocks:
@@ -155,17 +156,12 @@ class TextDecoder(nn.Module):
 
     def logits(self, hidden_XD: Tensor) -> Tensor:
         """[..., D] states to [..., V] logits."""
-        out: Tensor = self.head(hidden_XD, self.embeddings.word.weight)
-        return out
+        return self.head(hidden_XD, self.embeddings.word.weight)
 
     def start(self, memory: Encoded, capacity: int) -> DecoderState:
         """Prepare decoding of at most ``capacity`` tokens: keys and values of the memory are computed once."""
-        memories = []
-        for block in self.blocks:
-            assert isinstance(block, PostNormBlock)
-            assert block.cross_attention is not None
-            memories.append(block.cross_attention.remember(memory.hidden_BLD, memory.mask_BL))
-        return DecoderState([KeyValueCache(capacity) for _ in self.blocks], memories)
+        blocks = cast(list[PostNormBlock], list(self.blocks))
+        return DecoderState([KeyValueCache(capacity) for _ in blocks], [block.remember(memory) for block in blocks])
 
     def step(self, ids_BL: Tensor, state: DecoderState) -> Tensor:
         """Logits [B, V] for the token after ``ids_BL``, the newest tokens of each row.

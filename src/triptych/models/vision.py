@@ -99,8 +99,7 @@ class VisionTransformer(nn.Module):
         x_BND = self.pre_norm(x_BND)
         for block in self.blocks:
             x_BND = run_block(block, x_BND, checkpointing=self.checkpointing)
-        hidden_BND: Tensor = self.post_norm(x_BND)
-        return hidden_BND
+        return self.post_norm(x_BND)
 
 
 def resize_positions(table_ND: Tensor, grid: tuple[int, int], mode: str = "bilinear") -> Tensor:

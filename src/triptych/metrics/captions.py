@@ -1,0 +1,420 @@
+"""Caption scores that agree with the field's scorer (pycocoevalcap), without Java: BLEU, ROUGE-L, CIDEr.
+
+Shapes: N images, R references, C candidates, P pairs of a candidate and a reference, G different n-grams,
+E entries (one for each different n-gram of one caption), O the four n-gram orders.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from triptych.metrics.ptb import ptb_tokenize
+
+_MAX_ORDER = 4
+_ROUGE_BETA = 1.2
+_CIDER_SIGMA = 6.0
+_NAMED_IDS = 5  # how many offending ids an error lists
+
+Tokens = list[str]
+Gram = tuple[str, ...]
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class JavaMetricsUnavailableError(ImportError):
+    """METEOR or SPICE was asked for where pycocoevalcap or Java is missing."""
+
+
+# ------------------------------------------------------------------------------------------------ front function
+
+
+def score_captions(
+    references: Mapping[Hashable, Sequence[str]],
+    predictions: Mapping[Hashable, str],
+    *,
+    allow_missing: bool = False,
+) -> dict[str, float]:
+    """BLEU-1..4, ROUGE-L and CIDEr of one predicted caption an image, as COCOEvalCap computes them.
+
+    Keys, in order: "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L" (0 to 1) and "CIDEr" (0 to 10, papers print
+    both times 100). "CIDEr" is the CIDEr-D value, which is what the field's scorer prints under that name.
+    Images are read in the order of `references`; document frequencies come from the scored images.
+
+    Raises:
+        ValueError: nothing to score, a prediction for an image without references, or an image without a
+            prediction (with `allow_missing` such images are left out of every score instead).
+    """
+    references_N, candidates_N = _tokenized_pairs(references, predictions, allow_missing)
+    scores = {f"Bleu_{n + 1}": value for n, value in enumerate(_bleu(references_N, candidates_N))}
+    scores["ROUGE_L"] = _rouge_l(references_N, candidates_N)
+    index = _GramIndex(references_N)
+    scores["CIDEr"] = float(index.similarities(range(len(candidates_N)), candidates_N, plain=False).mean())
+    return scores
+
+
+def plain_cider(references: Mapping[Hashable, Sequence[str]], predictions: Mapping[Hashable, str]) -> float:
+    """CIDEr without the D: the mean cosine of TF-IDF n-gram vectors, no clipping and no length penalty, times 10.
+
+    Vedantam et al. 2015, equation 2 and 3, on unstemmed PTB tokens. Errors as in `score_captions`.
+    """
+    references_N, candidates_N = _tokenized_pairs(references, predictions, allow_missing=False)
+    index = _GramIndex(references_N)
+    return float(index.similarities(range(len(candidates_N)), candidates_N, plain=True).mean())
+
+
+class CiderD:
+    """CIDEr-D of many candidates against fixed references, for rewards in self-critical training.
+
+    Document frequencies and reference vectors are computed once; scoring costs time in proportion to the
+    candidates alone. Values are per candidate, 0 to 10, equal to pycocoevalcap's.
+    """
+
+    def __init__(self, references: Mapping[Hashable, Sequence[str]]) -> None:
+        """Tokenises `references` (captions of each image) and counts their n-grams.
+
+        Raises:
+            ValueError: no images, or an image without references.
+        """
+        _check_references(references, references)
+        self._row_of_image = {image: row for row, image in enumerate(references)}
+        self._index = _GramIndex(_tokenize_groups(list(references.values())))
+
+    def scores(self, images: Sequence[Hashable], candidates: Sequence[str]) -> Floats:
+        """CIDEr-D of each candidate caption against the references of the image beside it.
+
+        An image may occur any number of times. Returns C scores.
+
+        Raises:
+            ValueError: the lengths differ, or an image has no references.
+        """
+        if len(images) != len(candidates):
+            raise ValueError(f"{len(images)} images for {len(candidates)} candidates: give one image each")
+        unknown = [image for image in images if image not in self._row_of_image]
+        if unknown:
+            raise ValueError(f"no references for image {_listed(unknown)}")
+        rows = [self._row_of_image[image] for image in images]
+        return self._index.similarities(rows, ptb_tokenize(candidates), plain=False)
+
+
+def java_metrics(
+    references: Mapping[Hashable, Sequence[str]],
+    predictions: Mapping[Hashable, str],
+    metrics: Sequence[Literal["METEOR", "SPICE"]] = ("METEOR", "SPICE"),
+) -> dict[str, float]:
+    """METEOR and SPICE (0 to 1), computed by the Java programs inside the optional package pycocoevalcap.
+
+    SPICE fetches its Stanford models on first use. Arguments and ValueErrors as in `score_captions`.
+
+    Raises:
+        JavaMetricsUnavailableError: pycocoevalcap or Java is not installed.
+    """
+    references_N, candidates_N = _tokenized_pairs(references, predictions, allow_missing=False)
+    joined_references = {row: [" ".join(tokens) for tokens in group] for row, group in enumerate(references_N)}
+    joined_candidates = {row: [" ".join(tokens)] for row, tokens in enumerate(candidates_N)}
+    if shutil.which("java") is None:
+        raise JavaMetricsUnavailableError("METEOR and SPICE need Java: no `java` on PATH; install a Java runtime")
+    try:
+        from pycocoevalcap.meteor.meteor import Meteor
+        from pycocoevalcap.spice.spice import Spice
+    except ImportError as error:
+        raise JavaMetricsUnavailableError(
+            'METEOR and SPICE need pycocoevalcap and Java: pip install "triptych-vl[java-metrics]"'
+        ) from error
+    scorers = {"METEOR": Meteor, "SPICE": Spice}
+    return {name: float(scorers[name]().compute_score(joined_references, joined_candidates)[0]) for name in metrics}
+
+
+# ------------------------------------------------------------------------------------------------------- readers
+
+
+def read_coco_references(path: str | Path) -> dict[Hashable, list[str]]:
+    """Captions of each image in a COCO caption annotation file, images and captions in the file's order.
+
+    Images without captions are left out.
+
+    Raises:
+        ValueError: the file is not such JSON, naming the file and the entry.
+    """
+    content = _read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
+        raise ValueError(f'{path}: expected a JSON object with lists "images" and "annotations"')
+    images = content.get("images", [])
+    if not isinstance(images, list):
+        raise ValueError(f'{path}: "images" must be a list')
+    captions: dict[Hashable, list[str]] = {}
+    for number, entry in enumerate(images):
+        captions[_image_id(entry, "id", f"{path}: images[{number}]")] = []
+    for number, entry in enumerate(content["annotations"]):
+        where = f"{path}: annotations[{number}]"
+        image = _image_id(entry, "image_id", where)
+        if images and image not in captions:
+            raise ValueError(f'{where}: image_id {image!r} is not among "images"')
+        captions.setdefault(image, []).append(_caption(entry, where))
+    return {image: group for image, group in captions.items() if group}
+
+
+def read_coco_results(path: str | Path) -> dict[Hashable, str]:
+    """The caption of each image in a COCO results file: a JSON list of {"image_id", "caption"}.
+
+    Raises:
+        ValueError: the file is not such JSON or an image occurs twice, naming the file and the entry.
+    """
+    content = _read_json(path)
+    if not isinstance(content, list):
+        raise ValueError(f'{path}: expected a JSON list of {{"image_id", "caption"}}')
+    captions: dict[Hashable, str] = {}
+    for number, entry in enumerate(content):
+        where = f"{path}: entry {number}"
+        image = _image_id(entry, "image_id", where)
+        if image in captions:
+            raise ValueError(f"{where}: a second caption for image {image!r}; give one caption an image")
+        captions[image] = _caption(entry, where)
+    return captions
+
+
+def _read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from error
+
+
+def _image_id(entry: Any, field: str, where: str) -> Hashable:
+    image = entry.get(field) if isinstance(entry, dict) else None
+    if not isinstance(image, int | str) or isinstance(image, bool):
+        raise ValueError(f'{where}: needs "{field}", a number or a string')
+    return image
+
+
+def _caption(entry: dict[str, Any], where: str) -> str:
+    caption = entry.get("caption")
+    if not isinstance(caption, str):
+        raise ValueError(f'{where}: needs "caption", a string')
+    return caption
+
+
+# ------------------------------------------------------------------------------------------------ checks, tokens
+
+
+def _listed(ids: Sequence[Hashable]) -> str:
+    shown = ", ".join(repr(image) for image in ids[:_NAMED_IDS])
+    return shown if len(ids) <= _NAMED_IDS else f"{shown} and {len(ids) - _NAMED_IDS} more"
+
+
+def _check_references(references: Mapping[Hashable, Sequence[str]], images: Iterable[Hashable]) -> None:
+    if not references:
+        raise ValueError("no references: there is nothing to score against")
+    as_text = [image for image in images if isinstance(references[image], str)]
+    if as_text:
+        raise ValueError(f"references must be a list of captions an image, not one string: {_listed(as_text)}")
+    empty = [image for image in images if not references[image]]
+    if empty:
+        raise ValueError(f"images without reference captions: {_listed(empty)}")
+
+
+def _tokenized_pairs(
+    references: Mapping[Hashable, Sequence[str]], predictions: Mapping[Hashable, str], allow_missing: bool
+) -> tuple[list[list[Tokens]], list[Tokens]]:
+    """Tokens of the references and of the prediction of every scored image, in the order of `references`."""
+    if not predictions:
+        raise ValueError("no predictions: there is nothing to score")
+    unknown = [image for image in predictions if image not in references]
+    if unknown:
+        raise ValueError(f"predictions for images without references: {_listed(unknown)}")
+    missing = [image for image in references if image not in predictions]
+    if missing and not allow_missing:
+        raise ValueError(f"images without a prediction: {_listed(missing)}")
+    images = [image for image in references if image in predictions]
+    _check_references(references, images)
+    not_text = [image for image in images if not isinstance(predictions[image], str)]
+    if not_text:
+        raise ValueError(f"predictions must be one string an image: {_listed(not_text)}")
+    candidates_N = ptb_tokenize([predictions[image] for image in images])
+    return _tokenize_groups([references[image] for image in images]), candidates_N
+
+
+def _tokenize_groups(groups: Sequence[Sequence[str]]) -> list[list[Tokens]]:
+    tokens = iter(ptb_tokenize([caption for group in groups for caption in group]))
+    return [[next(tokens) for _ in group] for group in groups]
+
+
+def _gram_counts(tokens: Tokens) -> Counter[Gram]:
+    return Counter(
+        gram for n in range(1, _MAX_ORDER + 1) for gram in zip(*(tokens[i:] for i in range(n)), strict=False)
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- BLEU, ROUGE
+
+
+def _bleu(references_N: list[list[Tokens]], candidates_N: list[Tokens]) -> list[float]:
+    """Corpus BLEU-1..4 (Papineni et al. 2002) against the closest reference length, a tie going to the shorter.
+
+    The two constants keep empty counts finite, as the reference scorer does.
+    """
+    tiny, small = 1e-15, 1e-9
+    matched, possible = [0] * _MAX_ORDER, [0] * _MAX_ORDER
+    candidate_length, reference_length = 0, 0
+    for references, candidate in zip(references_N, candidates_N, strict=True):
+        length = len(candidate)
+        candidate_length += length
+        reference_length += min((abs(len(tokens) - length), len(tokens)) for tokens in references)[1]
+        limits: Counter[Gram] = Counter()
+        for tokens in references:
+            limits |= _gram_counts(tokens)
+        for gram, count in _gram_counts(candidate).items():
+            matched[len(gram) - 1] += min(count, limits[gram])
+        for order in range(_MAX_ORDER):
+            possible[order] += max(0, length - order)
+    ratio = (candidate_length + tiny) / (reference_length + small)
+    penalty = float(np.exp(1 - 1 / ratio)) if ratio < 1 else 1.0
+    precisions = [(hit + tiny) / (total + small) for hit, total in zip(matched, possible, strict=True)]
+    products = np.cumprod(precisions)
+    return [float(product ** (1 / (order + 1)) * penalty) for order, product in enumerate(products)]
+
+
+def _rouge_l(references_N: list[list[Tokens]], candidates_N: list[Tokens]) -> float:
+    """Mean over images of the F-score of the best precision and the best recall over the references (Lin 2004).
+
+    The reference scorer counts a mixed fraction ("1 1/2") as one token in this score and as two in the others;
+    here it is two everywhere, which moves a corpus score by a few millionths at most.
+    """
+    scores = []
+    for references, candidate in zip(references_N, candidates_N, strict=True):
+        common = [_common_subsequence_length(candidate, tokens) for tokens in references]
+        precision = max(common) / max(1, len(candidate))
+        recall = max(hit / max(1, len(tokens)) for hit, tokens in zip(common, references, strict=True))
+        weight = _ROUGE_BETA**2
+        scores.append((1 + weight) * precision * recall / (recall + weight * precision) if max(common) else 0.0)
+    return float(np.mean(scores))
+
+
+def _common_subsequence_length(first: Tokens, second: Tokens) -> int:
+    """Longest common subsequence, a row of the table in the bits of one integer (Hyyrö 2004)."""
+    places: dict[str, int] = {}
+    for bit, token in enumerate(second):
+        places[token] = places.get(token, 0) | 1 << bit
+    every = (1 << len(second)) - 1
+    row = every
+    for token in first:
+        matches = row & places.get(token, 0)
+        row = (row + matches | row - matches) & every
+    return len(second) - row.bit_count()
+
+
+# ----------------------------------------------------------------------------------------------------------- CIDEr
+
+
+class _Entries(NamedTuple):
+    """Sparse n-gram vectors of some captions, one entry for each different n-gram of a caption."""
+
+    caption_E: Ints
+    gram_E: Ints
+    order_E: Ints  # n - 1
+    weight_E: Floats  # count times inverse document frequency
+
+
+class _GramIndex:
+    """TF-IDF vectors of all references of N images, ready to be compared with candidates."""
+
+    def __init__(self, references_N: list[list[Tokens]]) -> None:
+        captions_R = [tokens for group in references_N for tokens in group]
+        group_sizes_N = np.array([len(group) for group in references_N], dtype=np.int64)
+        image_R = np.repeat(np.arange(len(references_N)), group_sizes_N)
+        self._first_reference_N = np.concatenate([[0], np.cumsum(group_sizes_N)])
+        self._ids: dict[Gram, int] = {}
+        counts = _count_grams(captions_R, {}, self._ids)
+        grams = max(1, len(self._ids))
+        seen_in_image = np.unique(image_R[counts.caption_E] * grams + counts.gram_E)
+        frequency_G = np.bincount(seen_in_image % grams, minlength=grams)
+        self._rarity_unseen = float(np.log(len(references_N)))
+        self._rarity_G = self._rarity_unseen - np.log(np.maximum(1, frequency_G))
+        self._entries = counts._replace(weight_E=counts.weight_E * self._rarity_G[counts.gram_E])
+        self._norms_RO = _norms(self._entries, len(captions_R))
+        self._lengths_R = _bigram_counts(captions_R)
+        self._first_entry_R = np.searchsorted(self._entries.caption_E, np.arange(len(captions_R) + 1))
+
+    def similarities(self, images_C: Sequence[int], candidates_C: list[Tokens], *, plain: bool) -> Floats:
+        """CIDEr-D, or plain CIDEr, of each candidate against the references of its image, 0 to 10."""
+        images = np.asarray(images_C, dtype=np.int64)
+        candidates = self._candidate_entries(candidates_C)
+        references_C = self._first_reference_N[images + 1] - self._first_reference_N[images]
+        candidate_P = np.repeat(np.arange(len(candidates_C)), references_C)
+        reference_P = _ranges(self._first_reference_N[images], references_C)
+
+        similarity_PO = self._dot_products(candidates, candidate_P, reference_P, plain)
+        norms_PO = _norms(candidates, len(candidates_C))[candidate_P] * self._norms_RO[reference_P]
+        similarity_PO = np.divide(similarity_PO, norms_PO, out=np.zeros_like(norms_PO), where=norms_PO > 0)
+        if not plain:
+            difference_P = _bigram_counts(candidates_C)[candidate_P] - self._lengths_R[reference_P]
+            similarity_PO *= np.exp(-(difference_P**2) / (2 * _CIDER_SIGMA**2))[:, None]
+        sums_C = np.bincount(candidate_P, weights=similarity_PO.mean(axis=1), minlength=len(candidates_C))
+        return 10 * sums_C / references_C
+
+    def _candidate_entries(self, candidates_C: list[Tokens]) -> _Entries:
+        unseen: dict[Gram, int] = {}
+        counts = _count_grams(candidates_C, self._ids, unseen)
+        rarity_G = np.concatenate([self._rarity_G[: len(self._ids)], np.full(len(unseen), self._rarity_unseen)])
+        return counts._replace(weight_E=counts.weight_E * rarity_G[counts.gram_E])
+
+    def _dot_products(self, candidates: _Entries, candidate_P: Ints, reference_P: Ints, plain: bool) -> Floats:
+        """Sum over common n-grams, for each (candidate, reference) pair P and each order."""
+        first_P = self._first_entry_R[reference_P]
+        entries_P = self._first_entry_R[reference_P + 1] - first_P
+        entry_E = _ranges(first_P, entries_P)
+        pair_E = np.repeat(np.arange(len(candidate_P)), entries_P)
+        grams = int(max(candidates.gram_E.max(initial=0), len(self._ids))) + 1
+        candidate_key = candidates.caption_E * grams + candidates.gram_E
+        order = np.argsort(candidate_key)
+        wanted_E = candidate_P[pair_E] * grams + self._entries.gram_E[entry_E]
+        place_E = np.searchsorted(candidate_key, wanted_E, sorter=order)
+        inside = place_E < len(order)
+        entry_E, pair_E, wanted_E, place_E = (array[inside] for array in (entry_E, pair_E, wanted_E, place_E))
+        found = candidate_key[order[place_E]] == wanted_E
+        entry_E, pair_E, place_E = entry_E[found], pair_E[found], place_E[found]
+        reference_weight_E = self._entries.weight_E[entry_E]
+        candidate_weight_E = candidates.weight_E[order[place_E]]
+        if not plain:
+            candidate_weight_E = np.minimum(candidate_weight_E, reference_weight_E)
+        cell_E = pair_E * _MAX_ORDER + self._entries.order_E[entry_E]
+        products_E = candidate_weight_E * reference_weight_E
+        sums = np.bincount(cell_E, weights=products_E, minlength=len(candidate_P) * _MAX_ORDER)
+        return np.asarray(sums, dtype=np.float64).reshape(-1, _MAX_ORDER)
+
+
+def _count_grams(captions: Sequence[Tokens], known: Mapping[Gram, int], new: dict[Gram, int]) -> _Entries:
+    """Entries whose weights are raw counts; n-grams not among the `known` are numbered after them, in `new`."""
+    rows: list[tuple[int, int, int, int]] = []
+    for row, tokens in enumerate(captions):
+        for gram, count in _gram_counts(tokens).items():
+            number = known.get(gram)
+            if number is None:
+                number = new.setdefault(gram, len(known) + len(new))
+            rows.append((row, number, len(gram) - 1, count))
+    table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+    return _Entries(table[:, 0], table[:, 1], table[:, 2], table[:, 3].astype(np.float64))
+
+
+def _norms(entries: _Entries, captions: int) -> Floats:
+    """Euclidean length of each caption's vector of each order, (captions, 4)."""
+    cell_E = entries.caption_E * _MAX_ORDER + entries.order_E
+    squares = np.bincount(cell_E, weights=entries.weight_E**2, minlength=captions * _MAX_ORDER)
+    return np.sqrt(squares).reshape(-1, _MAX_ORDER)
+
+
+def _bigram_counts(captions: Sequence[Tokens]) -> Floats:
+    """The length the penalty of CIDEr-D compares, which the reference scorer takes from the bigrams."""
+    return np.array([max(0, len(tokens) - 1) for tokens in captions], dtype=np.float64)
+
+
+def _ranges(starts: Ints, sizes: Ints) -> Ints:
+    """The integers of [start, start + size) for every start, one after the other."""
+    return np.arange(sizes.sum()) + np.repeat(starts - np.cumsum(sizes) + sizes, sizes)
