@@ -31,8 +31,8 @@ class BeamSearch:
     Attributes:
         min_length, max_length: generated tokens, without the prompt, with the end token.
         length_penalty: alpha of Wu et al. 2016: a hypothesis of t tokens scores sum(log p) / ((5 + t) / 6) ** alpha.
-        rule: ``frozen`` keeps a finished beam as it is. ``official`` is mPLUG's search (``predictor.py:133-311``): a finished
-            beam below the best one goes on being extended, so words can follow the end token.
+        rule: ``frozen`` keeps a finished beam as it is. ``official`` is mPLUG's search (``predictor.py:133-311``): a
+            finished beam below the best one goes on being extended, so words can follow the end token.
     """
 
     beams: int = 5
@@ -235,8 +235,8 @@ def _official_beam_search(
 ) -> list[list[Hypothesis]]:
     """mPLUG's own search, for parity (X-PLUG/mPLUG ``models/predictor.py:133-311``).
 
-    A beam that emits the end token becomes a hypothesis and is extended all the same. An example stops when its *best* beam
-    ends; all its beams then become hypotheses, finished or not.
+    A beam that emits the end token becomes a hypothesis and is extended all the same. An example stops when its
+    *best* beam ends; all its beams then become hypotheses, finished or not.
     """
     B, K = len(prompt_BL), search.beams
     device = prompt_BL.device
@@ -273,9 +273,7 @@ def _official_beam_search(
     return [sorted(found, key=lambda h: h.score, reverse=True)[:K] for found in hypotheses]
 
 
-def _sample(
-    stepper: _Stepper, search: Sampling, special: SpecialIds, prompt_BL: Tensor
-) -> list[list[Hypothesis]]:
+def _sample(stepper: _Stepper, search: Sampling, special: SpecialIds, prompt_BL: Tensor) -> list[list[Hypothesis]]:
     """Draw one sequence a row; the score is the mean log-probability (at temperature 1) of its tokens."""
     device = prompt_BL.device
     generator = None if search.seed is None else torch.Generator(device).manual_seed(search.seed)
@@ -298,8 +296,7 @@ def _sample(
     start = prompt_BL.shape[1]
     scores = (sums_B / lengths_B).tolist()
     return [
-        [Hypothesis(_until_end(ids, special, start), score)]
-        for ids, score in zip(ids_BL.tolist(), scores, strict=True)
+        [Hypothesis(_until_end(ids, special, start), score)] for ids, score in zip(ids_BL.tolist(), scores, strict=True)
     ]
 
 

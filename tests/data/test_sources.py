@@ -107,7 +107,12 @@ def test_json_list_of_albef(tmp_path):
     ]
     path = write(tmp_path / "train.json", json.dumps(entries))
     records = open_source(path, image_root=tmp_path).shards[0].read()
-    assert [record.image for record in records[:4]] == [f"{tmp_path}/a.png", f"{tmp_path}/sub/b.png", "/abs/c.png", None]
+    assert [record.image for record in records[:4]] == [
+        f"{tmp_path}/a.png",
+        f"{tmp_path}/sub/b.png",
+        "/abs/c.png",
+        None,
+    ]
     assert [record.captions for record in records[:3]] == [("one",), ("two", "three"), ()]
     assert records[0].image_id == "5"
     assert records[1].image_id == f"{tmp_path}/sub/b.png"
@@ -119,7 +124,10 @@ def test_json_list_of_albef(tmp_path):
 
 def test_jsonl_with_broken_lines_and_gzip(tmp_path):
     lines = ['{"image": "a.png", "caption": "one"}', "", "{broken", '{"image": "b.png", "captions": ["two"]}']
-    for name, content in [("a.jsonl", "\n".join(lines).encode()), ("b.jsonl.gz", gzip.compress("\n".join(lines).encode()))]:
+    for name, content in [
+        ("a.jsonl", "\n".join(lines).encode()),
+        ("b.jsonl.gz", gzip.compress("\n".join(lines).encode())),
+    ]:
         path = write(tmp_path / name, content)
         records = open_source(path).shards[0].read()
         assert [record.key for record in records] == [f"{path}:1", f"{path}:3", f"{path}:4"]
@@ -136,7 +144,12 @@ def test_image_root_may_be_a_tar(tmp_path):
 
 def karpathy(tmp_path):
     def picture(name, split, **ids):
-        return {"filename": name, "split": split, "sentences": [{"raw": f"{name} {n}", "tokens": []} for n in "ab"], **ids}
+        return {
+            "filename": name,
+            "split": split,
+            "sentences": [{"raw": f"{name} {n}", "tokens": []} for n in "ab"],
+            **ids,
+        }
 
     pictures = [
         picture("0.jpg", "train", filepath="val2014", cocoid=391895, imgid=0),
@@ -154,7 +167,13 @@ def test_karpathy(tmp_path):
     assert [record.image for record in records[:2]] == ["memory://coco/val2014/0.jpg", "memory://coco/val2014/1.jpg"]
     assert records[0].image_id == "391895"
     assert records[0].captions == ("0.jpg a", "0.jpg b")
-    assert records[0].extra == {"filename": "0.jpg", "split": "train", "filepath": "val2014", "cocoid": 391895, "imgid": 0}
+    assert records[0].extra == {
+        "filename": "0.jpg",
+        "split": "train",
+        "filepath": "val2014",
+        "cocoid": 391895,
+        "imgid": 0,
+    }
     assert records[2].problem == "the field 'sentences' is missing"
     assert [record.image_id for record in open_source(path)] == ["391895", "5", "2"]
     with pytest.raises(ValueError, match=r"has the splits restval, test, train, not dev"):
@@ -232,7 +251,16 @@ def test_missing_and_damaged_files_are_errors_at_once(tmp_path):
     write(tmp_path / "binary.jsonl", b"\xff\xfe\x00")
     write(tmp_path / "other.json", '{"no": "images"}')
     write(tmp_path / "broken.jsonl", "{\n{")
-    for name in ("bad.tar", "short.tar", "void.tar", "bad.json", "bad.json.gz", "binary.jsonl", "other.json", "broken.jsonl"):
+    for name in (
+        "bad.tar",
+        "short.tar",
+        "void.tar",
+        "bad.json",
+        "bad.json.gz",
+        "binary.jsonl",
+        "other.json",
+        "broken.jsonl",
+    ):
         with pytest.raises(ValueError, match=name):
             open_source(tmp_path / name)
     (tmp_path / "folder.tar").mkdir()

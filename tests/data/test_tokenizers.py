@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from triptych.data.tokenizers import Tokenizer, train_wordpiece, wordpiece_from_vocab
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-PIECES = [*SPECIAL, *"abcdefghijklmnopqrstuvwxyz.,!?'-", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"), "中", "0", "##0"]
+PIECES = [
+    *SPECIAL,
+    *"abcdefghijklmnopqrstuvwxyz.,!?'-",
+    *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"),
+    "中",
+    "0",
+    "##0",
+]
 WORDS = ["the", "cat", "dog", "un", "##aff", "##able", "run", "##ning", "do", "not", "don", "it"]
 FULL = Path(os.environ.get("TRIPTYCH_SHARED", "../shared")) / "data/tokenizers/bert-base-uncased-vocab.txt"
 
@@ -90,7 +97,9 @@ def pieces_of(tokenizer, text):
 OLD = st.characters(exclude_categories=["Cs"]).filter(
     lambda c: c != "Σ" and unicodedata.ucd_3_2_0.category(c) == unicodedata.category(c) != "Cn"
 )
-TEXTS = st.lists(st.one_of(st.text(OLD, max_size=6), st.sampled_from(["cats", "don't", "un", " ", "--", "running"]))).map("".join)
+TEXTS = st.lists(
+    st.one_of(st.text(OLD, max_size=6), st.sampled_from(["cats", "don't", "un", " ", "--", "running"]))
+).map("".join)
 
 
 @given(text=TEXTS)
@@ -100,7 +109,7 @@ TEXTS = st.lists(st.one_of(st.text(OLD, max_size=6), st.sampled_from(["cats", "d
 @example("a" * 101 + " cat")
 @example("unaffable running cats\u200b\x00\ufffd\u00a0dogs\u3000it")
 @example("")
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 def test_wordpiece_equals_the_published_algorithm(tokenizer, text):
     assert pieces_of(tokenizer, text) == reference(text, set(PIECES + WORDS))
 
@@ -108,14 +117,21 @@ def test_wordpiece_equals_the_published_algorithm(tokenizer, text):
 @given(text=TEXTS)
 @example("A man in a blue t-shirt isn't skateboarding; the über-long antidisestablishmentarianism (2019).")
 @example("photo: émigré's café №5 — ½ price! \U0001f600 東京")
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_full_vocabulary_equals_the_published_algorithm(full, text):
     vocabulary = full.backend.get_vocab()
     assert pieces_of(full, text) == reference(text, vocabulary)
 
 
 def test_known_ids_of_bert_base_uncased(full):
-    assert (full.vocab_size, full.pad_id, full.unk_id, full.bos_id, full.eos_id, full.mask_id) == (30522, 0, 100, 101, 102, 103)
+    assert (full.vocab_size, full.pad_id, full.unk_id, full.bos_id, full.eos_id, full.mask_id) == (
+        30522,
+        0,
+        100,
+        101,
+        102,
+        103,
+    )
     ids_BL, _ = full.encode_batch(["Hello, world!"], max_length=None, end=True)
     assert ids_BL.tolist() == [[101, 7592, 1010, 2088, 999, 102]]
 
@@ -190,7 +206,9 @@ def test_loads_a_foreign_byte_level_tokenizer(tmp_path):
     import tokenizers
 
     backend = tokenizers.ByteLevelBPETokenizer()
-    backend.train_from_iterator(["a cat and a dog"] * 3, 300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    backend.train_from_iterator(
+        ["a cat and a dog"] * 3, 300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    )
     backend.enable_truncation(2)
     backend.save(str(tmp_path / "tokenizer.json"))
     roberta = Tokenizer.load(tmp_path / "tokenizer.json")

@@ -72,7 +72,10 @@ def test_flip_mirrors_half_of_the_pictures():
     transform = Preprocessing(16).train_transform(scale=None, augment=False, flip=True)
     torch.manual_seed(0)
     straight, mirrored = to_tensor(image), to_tensor(ImageOps.mirror(image))
-    kinds = [1 if torch.equal(result := transform(image), mirrored) else -int(not torch.equal(result, straight)) for _ in range(200)]
+    kinds = [
+        1 if torch.equal(result := transform(image), mirrored) else -int(not torch.equal(result, straight))
+        for _ in range(200)
+    ]
     assert -1 not in kinds
     assert 70 < sum(kinds) < 130
 
@@ -211,7 +214,9 @@ def test_preprocessing_round_trip():
 def test_normalize():
     pixels_BCHW = torch.randint(256, (2, 3, 4, 5), dtype=torch.uint8)
     before = pixels_BCHW.clone()
-    expected = (pixels_BCHW.double() / 255 - torch.tensor(CLIP_MEAN).double().view(3, 1, 1)) / torch.tensor(CLIP_STD).double().view(3, 1, 1)
+    expected = (pixels_BCHW.double() / 255 - torch.tensor(CLIP_MEAN).double().view(3, 1, 1)) / torch.tensor(
+        CLIP_STD
+    ).double().view(3, 1, 1)
     result = normalize(pixels_BCHW)
     assert result.dtype == torch.float32
     assert torch.allclose(result.double(), expected, atol=1e-6)

@@ -23,7 +23,7 @@ class Movable:
         moved = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            moved[item.name] = value.to(device, non_blocking=True) if isinstance(value, Tensor | Movable) else value
+            moved[item.name] = value.to(device) if isinstance(value, Tensor | Movable) else value
         return type(self)(**moved)
 
 

@@ -322,9 +322,7 @@ def _endless_tasks(source: Source, order: _Order, start: Position) -> Generator[
     for (epoch, window, windows), records in _read_ahead(_plan(source, order, start)):
         empty = 0 if records else empty + 1
         if empty == 2 * windows:  # with one that is not empty, 2 * windows - 2 may follow each other
-            raise ValueError(
-                f"no records for rank {order.rank} of {order.world} in {source.shards[0].name}..."
-            )
+            raise ValueError(f"no records for rank {order.rank} of {order.world} in {source.shards[0].name}...")
         end = Position(epoch + 1, 0, 0) if window + 1 == windows else Position(epoch, window + 1, 0)
         first = start.offset if (epoch, window) == start[:2] else 0
         for offset in range(first, len(records)):
@@ -370,10 +368,11 @@ def _read_ahead(jobs: Iterable[tuple[K, Callable[[], T]]]) -> Generator[tuple[K,
 
 def _prepared(tasks: Generator[_Task], prepare: Prepare[Any], workers: int) -> Generator[_Outcome]:
     """The outcomes of the tasks, in order."""
+    failures: list[Exception] = []
     loader = DataLoader(
         _Preparation(prepare),
         batch_size=None,
-        sampler=_chunks(tasks),  # the "indices" are the records themselves
+        sampler=_chunks(tasks, failures),  # the "indices" are the records themselves
         num_workers=workers,
         collate_fn=_pack if workers else _same,
         generator=torch.Generator(),  # or it would draw from the global one
@@ -382,13 +381,27 @@ def _prepared(tasks: Generator[_Task], prepare: Prepare[Any], workers: int) -> G
     try:
         for outcomes in iterator:
             yield from pickle.loads(outcomes) if workers else outcomes
+        if failures:
+            raise failures[0]
     finally:
-        del iterator, loader  # ends the worker processes
+        # Let go, the iterator would end its workers as well, but the traceback of an error keeps hold of it.
+        if workers:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
         tasks.close()
 
 
-def _chunks(tasks: Iterator[_Task]) -> Iterator[list[_Task]]:
-    while chunk := list(islice(tasks, CHUNK)):
+def _chunks(tasks: Iterator[_Task], failures: list[Exception]) -> Iterator[list[_Task]]:
+    """Ends at an exception and leaves it in `failures`, to be raised when what came before is used up."""
+    chunk: list[_Task] = []
+    try:
+        for task in tasks:
+            chunk.append(task)
+            if len(chunk) == CHUNK:
+                yield chunk
+                chunk = []
+    except Exception as error:
+        failures.append(error)
+    if chunk:
         yield chunk
 
 

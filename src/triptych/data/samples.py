@@ -13,7 +13,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000
 """Pictures that claim more pixels than this are refused before they are decoded (decompression bombs)."""
@@ -88,6 +88,8 @@ def load_image(image: bytes | str, key: str) -> Image.Image:
         return _to_rgb(opened)
     except BrokenSample:
         raise
+    except UnidentifiedImageError as error:
+        raise BrokenSample(key, "the image is of no known format") from error
     except Exception as error:  # Pillow's decoders raise nearly any exception on damaged bytes
         raise BrokenSample(key, f"cannot decode the image: {error!r}") from error
 

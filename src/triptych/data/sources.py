@@ -229,9 +229,7 @@ def _open(format: Format | None, root: str | None, splits: Sequence[str] | None,
             raise ValueError(f"splits are for Karpathy files; {file} is a tar shard")
         return [TarShard(file)] if _probe_tar(file) else []
     if format is None and not name.endswith((".json", ".jsonl")):
-        raise ValueError(
-            f"cannot guess the format of {file}; give format= one of {', '.join(get_args(Format))}"
-        )
+        raise ValueError(f"cannot guess the format of {file}; give format= one of {', '.join(get_args(Format))}")
     text = _read_text(file)
     place = partial(_place, os.path.dirname(file) if root is None else root)
     if format == "jsonl" or (format is None and name.endswith(".jsonl")):
@@ -251,9 +249,7 @@ def _open(format: Format | None, root: str | None, splits: Sequence[str] | None,
 def _cut(file: str, records: Sequence[Record]) -> list[Shard]:
     problems = [f"{record.key}: {record.problem}" for record in records if record.problem is not None]
     if problems:
-        logger.warning(
-            "%d of %d records of %s are broken: %s", len(problems), len(records), file, _some(problems)
-        )
+        logger.warning("%d of %d records of %s are broken: %s", len(problems), len(records), file, _some(problems))
     if problems and len(problems) == len(records):
         raise ValueError(f"no usable record in {file}: {_some(problems)}")
     starts = range(0, len(records), LIST_SHARD)

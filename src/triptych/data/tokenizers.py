@@ -54,7 +54,7 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         if isinstance(backend.model, models.WordPiece):
-            # the library's own clean-up would also turn "do not" into "don't"
+            # the library cleans piece by piece and leaves "it ' s" apart; see `decode`
             backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
         self.backend = backend
         self.special = _special_tokens(backend)
@@ -71,9 +71,7 @@ class Tokenizer:
         assert index is not None
         return index
 
-    def encode_batch(
-        self, texts: Sequence[str], *, max_length: int | None, end: bool
-    ) -> tuple[Tensor, Tensor]:
+    def encode_batch(self, texts: Sequence[str], *, max_length: int | None, end: bool) -> tuple[Tensor, Tensor]:
         """Token ids, padded to the longest text.
 
         A special token written in a text ("[SEP]") is that special token.
@@ -89,18 +87,13 @@ class Tokenizer:
         """
         shell = 1 + int(end)
         if max_length is not None and max_length < shell:
-            raise ValueError(
-                f"max_length must be at least {shell} to hold the special tokens, got {max_length}"
-            )
+            raise ValueError(f"max_length must be at least {shell} to hold the special tokens, got {max_length}")
         if isinstance(texts, str):
             raise ValueError("encode_batch takes a list of texts, got one text")
         room = None if max_length is None else max_length - shell
         tail = [self.eos_id] if end else []
         # One by one: the library's encode_batch starts threads, which no fork of loader workers survives.
-        rows = [
-            [self.bos_id, *self.backend.encode(text, add_special_tokens=False).ids[:room], *tail]
-            for text in texts
-        ]
+        rows = [[self.bos_id, *self.backend.encode(text, add_special_tokens=False).ids[:room], *tail] for text in texts]
         longest = max(map(len, rows), default=0)
         ids_BL = torch.full((len(rows), longest), self.pad_id, dtype=torch.int64)
         mask_BL = torch.zeros((len(rows), longest), dtype=torch.bool)
@@ -183,9 +176,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, *, lowercase: bool = 
     if not counts:
         raise ValueError("cannot train a tokenizer: the texts have no words")
     if vocab_size < len(given):
-        raise ValueError(
-            f"vocab_size {vocab_size} is less than the {len(given)} single characters of the texts"
-        )
+        raise ValueError(f"vocab_size {vocab_size} is less than the {len(given)} single characters of the texts")
     learner = tokenizers.Tokenizer(models.WordPiece(unk_token=BERT.unk))
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=given, show_progress=False)
@@ -220,9 +211,7 @@ def _special_tokens(backend: tokenizers.Tokenizer) -> SpecialTokens:
     for family in (BERT, ROBERTA):
         if all(backend.token_to_id(token) is not None for token in astuple(family)):
             return family
-    raise ValueError(
-        "the tokenizer has neither BERT's ([CLS], [SEP]...) nor RoBERTa's (<s>, </s>...) special tokens"
-    )
+    raise ValueError("the tokenizer has neither BERT's ([CLS], [SEP]...) nor RoBERTa's (<s>, </s>...) special tokens")
 
 
 def _existing(path: str | Path) -> Path:

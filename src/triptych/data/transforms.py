@@ -50,9 +50,7 @@ def normalize(
 ) -> Tensor:
     """uint8 pixels (..., 3, H, W) as (pixel / 255 - mean) / std, computed in float32 and cast to `dtype`."""
     if pixels_BCHW.dtype != torch.uint8:
-        raise ValueError(
-            f"normalize takes uint8 pixels, got {pixels_BCHW.dtype}: are they normalised already?"
-        )
+        raise ValueError(f"normalize takes uint8 pixels, got {pixels_BCHW.dtype}: are they normalised already?")
     mean_C11 = torch.tensor(mean, device=pixels_BCHW.device).view(3, 1, 1)
     std_C11 = torch.tensor(std, device=pixels_BCHW.device).view(3, 1, 1)
     return pixels_BCHW.float().div_(255).sub_(mean_C11).div_(std_C11).to(dtype)
@@ -78,9 +76,7 @@ class Preprocessing:
         if self.image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {self.image_size}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(
-                f"mean and std must be three numbers, std above 0; got {self.mean} and {self.std}"
-            )
+            raise ValueError(f"mean and std must be three numbers, std above 0; got {self.mean} and {self.std}")
         if self.resize not in ("squash", "crop"):
             raise ValueError(f"resize must be 'squash' or 'crop', got {self.resize!r}")
 
@@ -145,9 +141,7 @@ class TrainTransform:
 
     def __post_init__(self) -> None:
         if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(
-                f"scale must be (smallest, largest) with 0 < smallest <= largest <= 1: {self.scale}"
-            )
+            raise ValueError(f"scale must be (smallest, largest) with 0 < smallest <= largest <= 1: {self.scale}")
 
     def __call__(self, image: Image.Image) -> Tensor:
         if self.scale is None:
@@ -260,9 +254,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
 
 
-def _affine(
-    image: Image.Image, x_row: tuple[float, float, float], y_row: tuple[float, float, float]
-) -> Image.Image:
+def _affine(image: Image.Image, x_row: tuple[float, float, float], y_row: tuple[float, float, float]) -> Image.Image:
     """Output pixel (x, y) shows the input at (x_row . (x, y, 1), y_row . (x, y, 1)); outside it is grey.
 
     Coordinates are those of pixel centres, as in OpenCV, which the official code uses. Pillow counts from
@@ -270,9 +262,7 @@ def _affine(
     """
     (a, b, c), (d, e, f) = x_row, y_row
     matrix = (a, b, c + 0.5 - (a + b) / 2, d, e, f + 0.5 - (d + e) / 2)
-    return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=GREY
-    )
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=GREY)
 
 
 def _uniform(low: float = 0.0, high: float = 1.0) -> float:

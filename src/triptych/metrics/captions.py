@@ -37,8 +37,8 @@ class JavaMetricsUnavailableError(ImportError):
 
 
 def score_captions(
-    references: Mapping[Hashable, Sequence[str]],
-    predictions: Mapping[Hashable, str],
+    references: Mapping[Any, Sequence[str]],
+    predictions: Mapping[Any, str],
     *,
     allow_missing: bool = False,
 ) -> dict[str, float]:
@@ -60,7 +60,7 @@ def score_captions(
     return scores
 
 
-def plain_cider(references: Mapping[Hashable, Sequence[str]], predictions: Mapping[Hashable, str]) -> float:
+def plain_cider(references: Mapping[Any, Sequence[str]], predictions: Mapping[Any, str]) -> float:
     """CIDEr without the D: the mean cosine of TF-IDF n-gram vectors, no clipping and no length penalty, times 10.
 
     Vedantam et al. 2015, equation 2 and 3, on unstemmed PTB tokens. Errors as in `score_captions`.
@@ -77,7 +77,7 @@ class CiderD:
     candidates alone. Values are per candidate, 0 to 10, equal to pycocoevalcap's.
     """
 
-    def __init__(self, references: Mapping[Hashable, Sequence[str]]) -> None:
+    def __init__(self, references: Mapping[Any, Sequence[str]]) -> None:
         """Tokenises `references` (captions of each image) and counts their n-grams.
 
         Raises:
@@ -105,8 +105,8 @@ class CiderD:
 
 
 def java_metrics(
-    references: Mapping[Hashable, Sequence[str]],
-    predictions: Mapping[Hashable, str],
+    references: Mapping[Any, Sequence[str]],
+    predictions: Mapping[Any, str],
     metrics: Sequence[Literal["METEOR", "SPICE"]] = ("METEOR", "SPICE"),
 ) -> dict[str, float]:
     """METEOR and SPICE (0 to 1), computed by the Java programs inside the optional package pycocoevalcap.
@@ -209,7 +209,7 @@ def _listed(ids: Sequence[Hashable]) -> str:
     return shown if len(ids) <= _NAMED_IDS else f"{shown} and {len(ids) - _NAMED_IDS} more"
 
 
-def _check_references(references: Mapping[Hashable, Sequence[str]], images: Iterable[Hashable]) -> None:
+def _check_references(references: Mapping[Any, Sequence[str]], images: Iterable[Hashable]) -> None:
     if not references:
         raise ValueError("no references: there is nothing to score against")
     as_text = [image for image in images if isinstance(references[image], str)]
@@ -221,7 +221,7 @@ def _check_references(references: Mapping[Hashable, Sequence[str]], images: Iter
 
 
 def _tokenized_pairs(
-    references: Mapping[Hashable, Sequence[str]], predictions: Mapping[Hashable, str], allow_missing: bool
+    references: Mapping[Any, Sequence[str]], predictions: Mapping[Any, str], allow_missing: bool
 ) -> tuple[list[list[Tokens]], list[Tokens]]:
     """Tokens of the references and of the prediction of every scored image, in the order of `references`."""
     if not predictions:

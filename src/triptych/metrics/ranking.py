@@ -73,7 +73,9 @@ def retrieval_ranks(scores_TI: Scores, image_of_text: ArrayLike) -> tuple[Ranks,
 
 
 def candidate_ranks(
-    candidates: Sequence[ArrayLike], scores: Sequence[ArrayLike], right: Sequence[Collection[int]]
+    candidates: Sequence[ArrayLike] | NDArray[Any],
+    scores: Sequence[ArrayLike] | NDArray[Any],
+    right: Sequence[Collection[int]],
 ) -> Ranks:
     """Rank of the best right answer of each query within its own candidate list, `NOT_FOUND` where it has none.
 

@@ -1,0 +1,54 @@
+"""The networks, and the one list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from triptych.models.mplug import SIZES as MPLUG_SIZES
+from triptych.models.mplug import MPlug, MPlugConfig
+from triptych.models.protocol import VisionLanguageModel
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """One network and its sizes.
+
+    Attributes:
+        model: the class; its constructor takes a ``config``.
+        config: the class of its configuration, a frozen dataclass.
+        sizes: named configurations; every family has a ``tiny`` one.
+    """
+
+    model: type[VisionLanguageModel]
+    config: type[Any]
+    sizes: Mapping[str, Any]
+
+
+MODELS: Mapping[str, ModelFamily] = MappingProxyType(
+    {
+        MPlug.model_type: ModelFamily(MPlug, MPlugConfig, MappingProxyType(MPLUG_SIZES)),
+    }
+)
+"""Every network by its ``model_type``."""
+
+
+def build(model_type: str, config: Any) -> VisionLanguageModel:
+    """A freshly initialised network.
+
+    Args:
+        model_type: a key of :data:`MODELS`.
+        config: its configuration, or the name of one of its sizes.
+    """
+    if model_type not in MODELS:
+        raise ValueError(f"no model is called {model_type!r}; there are {', '.join(sorted(MODELS))}")
+    family = MODELS[model_type]
+    if isinstance(config, str):
+        if config not in family.sizes:
+            raise ValueError(f"{model_type} has no size {config!r}; it has {', '.join(sorted(family.sizes))}")
+        config = family.sizes[config]
+    if not isinstance(config, family.config):
+        raise ValueError(f"{model_type} needs a {family.config.__name__}, not a {type(config).__name__}")
+    return family.model(config)

@@ -172,6 +172,8 @@ class Attention(nn.Module):
         if mask is not None:
             scores_BHLM = scores_BHLM.masked_fill(~mask, float("-inf"))
         self.probabilities_BHLM = scores_BHLM.float().softmax(-1).to(scores_BHLM.dtype)
+        if mask is not None:  # a query that may see nothing gets zeros, as from the fused kernel
+            self.probabilities_BHLM = self.probabilities_BHLM.masked_fill(~mask, 0.0)
         return F.dropout(self.probabilities_BHLM, dropout, self.training) @ values_BHMK
 
     def _keys_values(self, memory_BMD: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ X selected tokens, P pooled width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,10 @@ class MPlugConfig:
     def __post_init__(self) -> None:
         if self.stride < 1:
             raise ValueError(f"stride must be at least 1, not {self.stride}")
+        if self.fusion not in get_args(FusionKind):
+            raise ValueError(f"fusion must be one of {', '.join(get_args(FusionKind))}, not {self.fusion!r}")
+        if self.skip_rule not in get_args(SkipRule):
+            raise ValueError(f"skip_rule must be one of {', '.join(get_args(SkipRule))}, not {self.skip_rule!r}")
 
     def connected(self) -> tuple[bool, ...]:
         """Which fusion layers use connected attention."""

@@ -4,8 +4,8 @@ The image is encoded once a step, the three forms of the text (whole, masked, pr
 need fusing are fused in one pass.
 
 Source: mPLUG section 3.3. The authors' code was never released; the order of the step follows X-PLUG/Youku-mPLUG
-``models/mplug.py:151-322`` and TiMiX. Where those err, the default here is correct and :class:`OfficialBehaviour` has
-the original.
+``models/mplug.py:151-322`` and TiMiX. Where those err, the default here is correct and
+:class:`~triptych.objectives.alignment.OfficialBehaviour` has the original.
 
 Shape legend: B batch, G batch of all processes, K keys (G and the queue), L text tokens, D width, E embedding width,
 V vocabulary, X selected tokens.
@@ -13,68 +13,32 @@ V vocabulary, X selected tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from triptych.data.batches import PretrainingBatch, Tokens
+from triptych.data.batches import ImageTextBatch, PretrainingBatch, Tokens
 from triptych.models.protocol import Encoded, Fused, VisionLanguageModel
-from triptych.objectives.contrastive import FeatureQueue, Keys, contrastive_loss
-from triptych.objectives.distributed import (
-    StepNoise,
-    gather_encoded,
-    gather_rows,
-    mean_over_all,
-    rank,
-    world_size,
-)
+from triptych.objectives.alignment import Alignment, AlignmentConfig
+from triptych.objectives.distributed import StepNoise, mean_over_all
 from triptych.objectives.masked_language import distillation, mask_tokens, sequence_distillation
-from triptych.objectives.matching import draw_negatives, matching_loss
-from triptych.objectives.momentum import MomentumTeacher
+from triptych.objectives.matching import matching_loss
 
 
 @dataclass(frozen=True)
-class OfficialBehaviour:
-    """What the official (and derived) code does differently; each is off by default. See ``docs/parity.md``.
+class PretrainingConfig(AlignmentConfig):
+    """Settings of the four objectives; the defaults are the paper's.
 
     Attributes:
-        diagonal_targets: in ITC only the diagonal is positive, even where the queue holds the same picture.
-        frozen_fusion_teacher: the teacher's fusion network never follows the model.
-        sequence_softmax: the MLM distillation normalises the student over the sequence.
-        unweighted_prefix: PrefixLM ignores its teacher (alpha is never passed on).
-        teacher_dropout: the teacher runs with dropout.
-    """
-
-    diagonal_targets: bool = False
-    frozen_fusion_teacher: bool = False
-    sequence_softmax: bool = False
-    unweighted_prefix: bool = False
-    teacher_dropout: bool = False
-
-
-@dataclass(frozen=True)
-class PretrainingConfig:
-    """Settings of the objectives; the defaults are the paper's.
-
-    Attributes:
-        alpha: share of the teacher in the targets, reached linearly after ``alpha_warmup`` steps.
         distill_language: whether MLM and PrefixLM have a teacher (ITC always has).
-        negatives: draw hard negatives from all processes, or (cheaper, official) from this one.
         weights: of ITC, ITM, MLM and PrefixLM; the paper's sum is unweighted.
     """
 
-    queue_size: int = 65536
-    momentum: float = 0.995
-    alpha: float = 0.4
-    alpha_warmup: int = 2000
     mlm_probability: float = 0.15
     distill_language: bool = True
-    negatives: Literal["all", "local"] = "all"
     weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
-    official: OfficialBehaviour = field(default_factory=OfficialBehaviour)
 
 
 @dataclass(frozen=True)
@@ -87,17 +51,16 @@ class TextIds:
     vocab_size: int
 
 
-class Pretraining(nn.Module):
-    """Model, momentum teacher and queue; one call is the forward pass of one step.
+class Pretraining(Alignment):
+    """The model, its momentum teacher and the queue; one call is the forward pass of one step.
 
     Args:
         model: needs a ``decoder`` for PrefixLM.
-        mean, std: of the pixels, in units of 0..1.
-        seed: of hard negatives and masks, which depend on (seed, step) alone.
+        text_ids: the tokenizer's facts.
+        mean, std, seed: as in :class:`Alignment`; masks, too, depend on (seed, step) alone.
     """
 
-    _mean: Tensor
-    _std: Tensor
+    config: PretrainingConfig
 
     def __init__(
         self,
@@ -109,35 +72,19 @@ class Pretraining(nn.Module):
         std: tuple[float, float, float],
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.model = model
-        self.config = config
+        if model.decoder is None:
+            raise ValueError(f"PrefixLM needs a model with a decoder; this {model.model_type} has none")
+        super().__init__(model, config, mean=mean, std=std, seed=seed)
         self.text_ids = text_ids
-        self.seed = seed
-        official = config.official
-        self.teacher = MomentumTeacher(
-            model,
-            config.momentum,
-            frozen=("fusion",) if official.frozen_fusion_teacher else (),
-            dropout=official.teacher_dropout,
-        )
-        self.queue = FeatureQueue(config.queue_size, model.embed_dim)
-        self.register_buffer("_mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("_std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
 
-    def forward(self, batch: PretrainingBatch, step: int) -> dict[str, Tensor]:
+    def forward(self, batch: ImageTextBatch, step: int) -> dict[str, Tensor]:
         """Losses by name, each already weighted; their sum is what is minimised."""
         model, teacher, config = self.model, self.teacher.model, self.config
         noise = StepNoise(self.seed, step)
-        alpha = config.alpha * min(1.0, step / max(1, config.alpha_warmup))
+        assert isinstance(batch, PretrainingBatch)
+        pixels_BCHW, alpha = self._begin(batch, step)
         B = len(batch)
         whole, masked, prefix = slice(0, B), slice(B, 2 * B), slice(2 * B, 3 * B)
-        with torch.no_grad():
-            model.temperature.clamp_(0.001, 0.5)
-        if self.training:
-            self.teacher.update(model)
-
-        pixels_BCHW = (batch.pixels_BCHW.float() - self._mean) / self._std
         masked_text, chosen_BL = self._mask(batch.text, noise)
         texts = Tokens.stack([batch.text, masked_text, batch.prefix], self.text_ids.pad)
         image = model.encode_image(pixels_BCHW)
@@ -187,61 +134,6 @@ class Pretraining(nn.Module):
         )
         return Tokens(ids_BL, text.mask_BL), chosen_BL & text.mask_BL
 
-    def _contrast(
-        self, batch: PretrainingBatch, image: Encoded, text: Encoded, image_m: Encoded, text_m: Encoded, alpha: float
-    ) -> _Contrast:
-        """ITC against the batch of all processes and the queue."""
-        B, teacher = len(batch), self.teacher.model
-        with torch.no_grad():
-            image_m_BE, text_m_BE = teacher.embed_image(image_m), teacher.embed_text(text_m)
-            image_GE, text_GE, id_G = (gather_rows(x) for x in (image_m_BE, text_m_BE, batch.image_id_B))
-            image_QE, text_QE, id_Q = self.queue.contents()
-            keys = Keys(torch.cat([image_GE, image_QE]), torch.cat([text_GE, text_QE]), torch.cat([id_G, id_Q]))
-            same_BK = batch.image_id_B[:, None] == keys.id_K
-            positive_BK = same_BK
-            if self.config.official.diagonal_targets:
-                own_B = torch.arange(B, device=id_G.device) + B * rank()
-                positive_BK = F.one_hot(own_B, len(keys.id_K)).bool()
-        loss, image_to_text_BK, text_to_image_BK = contrastive_loss(
-            self.model.embed_image(image),
-            self.model.embed_text(text),
-            keys,
-            positive_BK,
-            self.model.temperature,
-            teacher=(image_m_BE, text_m_BE),
-            alpha=alpha,
-        )
-        if self.training:
-            self.queue.enqueue(image_GE, text_GE, id_G)
-        G = len(id_G)
-        return _Contrast(loss, image_to_text_BK[:, :G].detach(), text_to_image_BK[:, :G].detach(), same_BK[:, :G])
-
-    def _draw_pairs(self, image: Encoded, text: Encoded, contrast: _Contrast, noise: StepNoise) -> _Pairs:
-        """Each text with its image, each image with a hard negative text, each text with a hard negative image."""
-        B, G, device = len(image), contrast.same_BG.shape[1], image.hidden_BLD.device
-        own_B = torch.arange(B, device=device) + B * rank()
-        uniform_B2G = noise.uniform(B, 2, G, device=device)
-        images, texts, same_BG = image, text, contrast.same_BG
-        if self.config.negatives == "all":
-            images, texts = gather_encoded(image), gather_encoded(text)
-        elif world_size() > 1:
-            elsewhere_G = torch.arange(G, device=device) // B != rank()
-            same_BG = same_BG | elsewhere_G
-        text_B, text_exists_B = draw_negatives(contrast.image_to_text_BG, same_BG, uniform_B2G[:, 0])
-        image_B, image_exists_B = draw_negatives(contrast.text_to_image_BG, same_BG, uniform_B2G[:, 1])
-        if self.config.negatives == "local":
-            own_B, text_B, image_B = (index % B for index in (own_B, text_B, image_B))
-        # Only the images that take part: with many processes most of the gathered ones do not.
-        used, image_rows = torch.unique(torch.cat([own_B, own_B, image_B]), return_inverse=True)
-        ones_B = torch.ones_like(text_exists_B)
-        return _Pairs(
-            images.rows(used),
-            Encoded.stack([text, texts.rows(text_B), text]),
-            image_rows,
-            matches=torch.cat([ones_B, ~ones_B, ~ones_B]),
-            counts=torch.cat([ones_B, text_exists_B, image_exists_B]),
-        )
-
     def _masked_loss(
         self, fused: Fused, fused_m: Fused | None, text: Tokens, chosen_BL: Tensor, alpha: float
     ) -> Tensor:
@@ -276,27 +168,6 @@ class Pretraining(nn.Module):
         with torch.no_grad():
             teacher_XV = _decode(self.teacher.model, fused_m, target, next_BL)
         return mean_over_all((1 - alpha) * hard_X + alpha * distillation(logits_XV, teacher_XV))
-
-
-@dataclass(frozen=True)
-class _Contrast:
-    """ITC's loss, the similarities that choose hard negatives, and which candidates are the row's own picture."""
-
-    loss: Tensor
-    image_to_text_BG: Tensor
-    text_to_image_BG: Tensor
-    same_BG: Tensor
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """The pairs of ITM: text row x goes with image row ``image_rows[x]``; ``counts`` leaves out missing negatives."""
-
-    images: Encoded
-    texts: Encoded
-    image_rows: Tensor
-    matches: Tensor
-    counts: Tensor
 
 
 def _cross_entropy(logits_XV: Tensor, labels_X: Tensor) -> Tensor:

@@ -1,0 +1,104 @@
+"""From records to the batches of each kind of training: what workers do, and how examples become a batch.
+
+A pipeline's ``prepare`` runs in the loader's workers, its ``collate`` in the main process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from triptych.data.batches import ImageTextBatch, PretrainingBatch, Tokens, stable_id
+from triptych.data.loader import seeded
+from triptych.data.samples import BrokenSample, Record, decode_image, pre_caption
+from triptych.data.tokenizers import Tokenizer
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One decoded sample.
+
+    Attributes:
+        pixels_CHW: uint8.
+        captions: cleaned; the first is the one to train on.
+        uniform: a random number in [0, 1) for what is decided later (the PrefixLM split).
+    """
+
+    record: Record
+    pixels_CHW: Tensor
+    captions: tuple[str, ...]
+    image_id: int
+    uniform: float
+
+
+@dataclass(frozen=True)
+class ImageTextPipeline:
+    """Pictures with one of their captions.
+
+    Args:
+        end: whether texts end with ``[SEP]`` (a caption to generate does, a text to encode does not).
+        prompt: put before every caption.
+        max_words, max_tokens: longer captions are cut (official: 30 words; 25 tokens in ALBEF's code).
+    """
+
+    tokenizer: Tokenizer
+    transform: Transform
+    max_words: int = 30
+    max_tokens: int = 32
+    end: bool = False
+    prompt: str = ""
+
+    def prepare(self, record: Record, seed: int) -> Example:
+        """Decode, transform, and choose a caption."""
+        captions = tuple(text for text in (pre_caption(c, self.max_words) for c in record.captions) if text)
+        if not captions:
+            raise BrokenSample(record.key, "it has no caption")
+        with seeded(seed):
+            pixels_CHW = self.transform(decode_image(record))
+            choice, uniform = torch.rand(2).tolist()
+        first = int(choice * len(captions))
+        light = Record(record.key, None, record.captions, record.image_id, record.extra)
+        ordered = (captions[first], *captions[:first], *captions[first + 1 :])
+        return Example(light, pixels_CHW, ordered, stable_id(record.image_id), uniform)
+
+    def tokens(self, texts: Sequence[str], end: bool) -> Tokens:
+        """Token ids of some texts."""
+        return Tokens(*self.tokenizer.encode_batch(list(texts), max_length=self.max_tokens, end=end))
+
+    def collate(self, examples: list[Example]) -> ImageTextBatch:
+        """One batch."""
+        texts = [f"{self.prompt} {example.captions[0]}".strip() for example in examples]
+        return ImageTextBatch(_pixels(examples), self.tokens(texts, self.end), _ids(examples))
+
+
+@dataclass(frozen=True)
+class PretrainingPipeline(ImageTextPipeline):
+    """Pictures with a caption, whole and split into prefix and target."""
+
+    split: Callable[[str, float], tuple[str, str]] = lambda text, uniform: ("", text)
+
+    def collate(self, examples: list[Example]) -> PretrainingBatch:
+        """One batch."""
+        whole = [example.captions[0] for example in examples]
+        halves = [self.split(text, example.uniform) for text, example in zip(whole, examples, strict=True)]
+        return PretrainingBatch(
+            _pixels(examples),
+            self.tokens(whole, end=False),
+            _ids(examples),
+            self.tokens([prefix for prefix, _ in halves], end=False),
+            self.tokens([target for _, target in halves], end=True),
+        )
+
+
+def _pixels(examples: Sequence[Example]) -> Tensor:
+    return torch.stack([example.pixels_CHW for example in examples])
+
+
+def _ids(examples: Sequence[Example]) -> Tensor:
+    return torch.tensor([example.image_id for example in examples], dtype=torch.long)

@@ -1,0 +1,197 @@
+"""Contrastive alignment and matching (ITC + ITM): the half of pre-training that retrieval fine-tuning shares.
+
+Source: Li et al. 2021 (ALBEF) section 3.2; mPLUG section 3.3; X-PLUG/mPLUG ``models/model_retrieval_mplug.py``.
+
+Shape legend: B batch, G batch of all processes, K keys (G and the queue), Q queue, L text tokens, E embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from triptych.data.batches import ImageTextBatch
+from triptych.models.protocol import Encoded, VisionLanguageModel
+from triptych.objectives.contrastive import FeatureQueue, Keys, contrastive_loss
+from triptych.objectives.distributed import StepNoise, gather_encoded, gather_rows, rank, world_size
+from triptych.objectives.matching import draw_negatives, matching_loss
+from triptych.objectives.momentum import MomentumTeacher
+
+
+@dataclass(frozen=True)
+class OfficialBehaviour:
+    """What the official (and derived) code does differently; each is off by default. See ``docs/parity.md``.
+
+    Attributes:
+        diagonal_targets: in ITC only the diagonal is positive, even where the queue holds the same picture.
+        frozen_fusion_teacher: the teacher's fusion network never follows the model.
+        sequence_softmax: the MLM distillation normalises the student over the sequence.
+        unweighted_prefix: PrefixLM ignores its teacher (alpha is never passed on).
+        teacher_dropout: the teacher runs with dropout.
+    """
+
+    diagonal_targets: bool = False
+    frozen_fusion_teacher: bool = False
+    sequence_softmax: bool = False
+    unweighted_prefix: bool = False
+    teacher_dropout: bool = False
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """Settings of ITC and ITM; the defaults are the paper's.
+
+    Attributes:
+        queue_size: momentum features kept, of any batch size.
+        alpha: share of the teacher in the targets, reached linearly after ``alpha_warmup`` steps.
+        negatives: draw hard negatives from all processes, or (cheaper, official) from this one.
+    """
+
+    queue_size: int = 65536
+    momentum: float = 0.995
+    alpha: float = 0.4
+    alpha_warmup: int = 2000
+    negatives: Literal["all", "local"] = "all"
+    official: OfficialBehaviour = field(default_factory=OfficialBehaviour)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """ITC's loss, the similarities that choose hard negatives, and which candidates are the row's own picture."""
+
+    loss: Tensor
+    image_to_text_BG: Tensor
+    text_to_image_BG: Tensor
+    same_BG: Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of ITM: text row x goes with image row ``image_rows[x]``; ``counts`` leaves out missing negatives."""
+
+    images: Encoded
+    texts: Encoded
+    image_rows: Tensor
+    matches: Tensor
+    counts: Tensor
+
+
+class Alignment(nn.Module):
+    """Model, momentum teacher and queue; one call is the forward pass of one step.
+
+    Args:
+        mean, std: of the pixels, in units of 0..1.
+        seed: of the hard negatives, which depend on (seed, step) alone.
+    """
+
+    _mean: Tensor
+    _std: Tensor
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        config: AlignmentConfig,
+        *,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.seed = seed
+        official = config.official
+        self.teacher = MomentumTeacher(
+            model,
+            config.momentum,
+            frozen=("fusion",) if official.frozen_fusion_teacher else (),
+            dropout=official.teacher_dropout,
+        )
+        self.queue = FeatureQueue(config.queue_size, model.embed_dim)
+        self.register_buffer("_mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("_std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+
+    def forward(self, batch: ImageTextBatch, step: int) -> dict[str, Tensor]:
+        """Losses by name; their sum is what is minimised."""
+        model, teacher = self.model, self.teacher.model
+        pixels_BCHW, alpha = self._begin(batch, step)
+        image = model.encode_image(pixels_BCHW)
+        text = model.encode_text(batch.text.ids_BL, batch.text.mask_BL)
+        with torch.no_grad():
+            image_m = teacher.encode_image(pixels_BCHW)
+            text_m = teacher.encode_text(batch.text.ids_BL, batch.text.mask_BL)
+        contrast = self._contrast(batch, image, text, image_m, text_m, alpha)
+        pairs = self._draw_pairs(image, text, contrast, StepNoise(self.seed, step))
+        fused = model.fuse(pairs.images, pairs.texts, pairs.image_rows)
+        return {
+            "itc": contrast.loss,
+            "itm": matching_loss(model.match_logits(fused), pairs.matches, pairs.counts),
+        }
+
+    def _begin(self, batch: ImageTextBatch, step: int) -> tuple[Tensor, float]:
+        """What precedes a step: the teacher moves, pixels are normalised, alpha rises."""
+        with torch.no_grad():
+            self.model.temperature.clamp_(0.001, 0.5)
+        if self.training:
+            self.teacher.update(self.model)
+        alpha = self.config.alpha * min(1.0, step / max(1, self.config.alpha_warmup))
+        return (batch.pixels_BCHW.float() - self._mean) / self._std, alpha
+
+    def _contrast(
+        self, batch: ImageTextBatch, image: Encoded, text: Encoded, image_m: Encoded, text_m: Encoded, alpha: float
+    ) -> Contrast:
+        """ITC against the batch of all processes and the queue."""
+        B, teacher = len(batch), self.teacher.model
+        with torch.no_grad():
+            image_m_BE, text_m_BE = teacher.embed_image(image_m), teacher.embed_text(text_m)
+            image_GE, text_GE, id_G = (gather_rows(x) for x in (image_m_BE, text_m_BE, batch.image_id_B))
+            image_QE, text_QE, id_Q = self.queue.contents()
+            keys = Keys(torch.cat([image_GE, image_QE]), torch.cat([text_GE, text_QE]), torch.cat([id_G, id_Q]))
+            same_BK = batch.image_id_B[:, None] == keys.id_K
+            positive_BK = same_BK
+            if self.config.official.diagonal_targets:
+                own_B = torch.arange(B, device=id_G.device) + B * rank()
+                positive_BK = F.one_hot(own_B, len(keys.id_K)).bool()
+        loss, image_to_text_BK, text_to_image_BK = contrastive_loss(
+            self.model.embed_image(image),
+            self.model.embed_text(text),
+            keys,
+            positive_BK,
+            self.model.temperature,
+            teacher=(image_m_BE, text_m_BE),
+            alpha=alpha,
+        )
+        if self.training:
+            self.queue.enqueue(image_GE, text_GE, id_G)
+        G = len(id_G)
+        return Contrast(loss, image_to_text_BK[:, :G].detach(), text_to_image_BK[:, :G].detach(), same_BK[:, :G])
+
+    def _draw_pairs(self, image: Encoded, text: Encoded, contrast: Contrast, noise: StepNoise) -> Pairs:
+        """Each text with its image, each image with a hard negative text, each text with a hard negative image."""
+        B, G, device = len(image), contrast.same_BG.shape[1], image.hidden_BLD.device
+        own_B = torch.arange(B, device=device) + B * rank()
+        uniform_B2G = noise.uniform(B, 2, G, device=device)
+        images, texts, same_BG = image, text, contrast.same_BG
+        if self.config.negatives == "all":
+            images, texts = gather_encoded(image), gather_encoded(text)
+        elif world_size() > 1:
+            elsewhere_G = torch.arange(G, device=device) // B != rank()
+            same_BG = same_BG | elsewhere_G
+        text_B, text_exists_B = draw_negatives(contrast.image_to_text_BG, same_BG, uniform_B2G[:, 0])
+        image_B, image_exists_B = draw_negatives(contrast.text_to_image_BG, same_BG, uniform_B2G[:, 1])
+        if self.config.negatives == "local":
+            own_B, text_B, image_B = (index % B for index in (own_B, text_B, image_B))
+        # Only the images that take part: with many processes most of the gathered ones do not.
+        used, image_rows = torch.unique(torch.cat([own_B, own_B, image_B]), return_inverse=True)
+        ones_B = torch.ones_like(text_exists_B)
+        return Pairs(
+            images.rows(used),
+            Encoded.stack([text, texts.rows(text_B), text]),
+            image_rows,
+            matches=torch.cat([ones_B, ~ones_B, ~ones_B]),
+            counts=torch.cat([ones_B, text_exists_B, image_exists_B]),
+        )

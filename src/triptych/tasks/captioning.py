@@ -1,0 +1,142 @@
+"""Image captioning: fine-tuning, generation and evaluation.
+
+Source: mPLUG section 4; X-PLUG/mPLUG ``caption_mplug.py``, ``models/model_caption_mplug.py``.
+
+Shape legend: B batch, C channels, H height, W width, L tokens, D width, V vocabulary, X real target tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from triptych.data.batches import ImageTextBatch
+from triptych.data.samples import Record
+from triptych.data.tokenizers import Tokenizer
+from triptych.data.transforms import Preprocessing
+from triptych.generation import BeamSearch, Hypothesis, Sampling, SpecialIds, generate
+from triptych.metrics.captions import score_captions
+from triptych.models.protocol import Encoded, VisionLanguageModel
+from triptych.objectives.distributed import mean_over_all
+
+
+@dataclass(frozen=True)
+class CaptioningConfig:
+    """How captions are trained and generated.
+
+    Attributes:
+        context: what the decoder attends to: the encoded ``image`` alone (mPLUG's fine-tuning,
+            model_caption_mplug.py:41-48), or image and prompt ``fused`` (a pre-trained model's PrefixLM, zero-shot).
+        prompt: first words, not counted as generated (official: none; paper, zero-shot: "a picture of").
+        search: the released settings are beam 5, 8 to 25 tokens; the paper's are beam 10, at most 20.
+        label_smoothing: for small data sets; 0 officially.
+    """
+
+    context: Literal["image", "fused"] = "image"
+    prompt: str = ""
+    search: BeamSearch | Sampling = field(default_factory=lambda: BeamSearch(5, 8, 25))
+    label_smoothing: float = 0.0
+
+
+class Captioning(nn.Module):
+    """A model that captions pictures; call it with a batch for its loss, or :meth:`caption` pixels.
+
+    Batches carry ``[CLS] prompt caption [SEP]`` in ``text``.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        tokenizer: Tokenizer,
+        preprocessing: Preprocessing,
+        config: CaptioningConfig | None = None,
+    ) -> None:
+        super().__init__()
+        if model.decoder is None:
+            raise ValueError(f"captioning needs a model with a decoder; this {model.model_type} has none")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.preprocessing = preprocessing
+        self.config = config or CaptioningConfig()
+        self.special = SpecialIds(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+
+    def forward(self, batch: ImageTextBatch, step: int) -> dict[str, Tensor]:
+        """Mean cross-entropy of the caption tokens."""
+        assert self.model.decoder is not None
+        memory = self._memory(self.preprocessing.normalize(batch.pixels_BCHW))
+        hidden_BLD = self.model.decoder(batch.text.ids_BL[:, :-1], memory)
+        next_BL = batch.text.mask_BL[:, 1:]
+        logits_XV = self.model.decoder.logits(hidden_BLD[next_BL])
+        loss_X = F.cross_entropy(
+            logits_XV.float(),
+            batch.text.ids_BL[:, 1:][next_BL],
+            reduction="none",
+            label_smoothing=self.config.label_smoothing,
+        )
+        return {"caption": mean_over_all(loss_X)}
+
+    def hypotheses(self, pixels_BCHW: Tensor) -> list[list[Hypothesis]]:
+        """What the search finds for uint8 pixels, best first."""
+        assert self.model.decoder is not None
+        with torch.inference_mode():
+            memory = self._memory(self.preprocessing.normalize(pixels_BCHW))
+        prompt_BL = self._prompt(len(pixels_BCHW), pixels_BCHW.device)
+        return generate(self.model.decoder, memory, self.config.search, self.special, prompt_BL=prompt_BL)
+
+    def caption(self, pixels_BCHW: Tensor) -> list[str]:
+        """One caption for each picture of uint8 pixels, without the prompt."""
+        skip = self._prompt(1, pixels_BCHW.device).shape[1]
+        return [self.tokenizer.decode(found[0].ids[skip:]) for found in self.hypotheses(pixels_BCHW)]
+
+    def _memory(self, pixels_BCHW: Tensor) -> Encoded:
+        image = self.model.encode_image(pixels_BCHW)
+        if self.config.context == "image":
+            return image
+        prompt_BL = self._prompt(len(pixels_BCHW), pixels_BCHW.device)
+        return self.model.fuse(image, self.model.encode_text(prompt_BL)).states()
+
+    def _prompt(self, rows: int, device: torch.device) -> Tensor:
+        ids_1L, _ = self.tokenizer.encode_batch([self.config.prompt], max_length=None, end=False)
+        return ids_1L.to(device).expand(rows, -1)
+
+
+@dataclass(frozen=True)
+class CaptionReport:
+    """Scores, and what was generated for each picture."""
+
+    scores: dict[str, float]
+    predictions: dict[str, str]
+    references: dict[str, tuple[str, ...]]
+
+    def results(self) -> list[dict[str, str]]:
+        """The COCO result format."""
+        return [{"image_id": image, "caption": text} for image, text in self.predictions.items()]
+
+
+def evaluate_captions(
+    task: Captioning,
+    batches: Iterable[tuple[Sequence[Record], Tensor]],
+    *,
+    blank: bool = False,
+) -> CaptionReport:
+    """Caption every picture once and score against all its references.
+
+    Args:
+        batches: records and their uint8 pixels.
+        blank: show the model a grey picture instead, to see what it says without looking.
+    """
+    device = next(task.parameters()).device
+    predictions: dict[str, str] = {}
+    references: dict[str, tuple[str, ...]] = {}
+    for records, pixels_BCHW in batches:
+        pixels_BCHW = torch.full_like(pixels_BCHW, 128) if blank else pixels_BCHW
+        captions = task.caption(pixels_BCHW.to(device))
+        for record, caption in zip(records, captions, strict=True):
+            predictions[record.image_id] = caption
+            references[record.image_id] = record.captions
+    return CaptionReport(score_captions(references, predictions), predictions, references)

@@ -1,0 +1,281 @@
+"""What a recipe describes, and running it: pre-training and fine-tuning from data to a saved model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from triptych.checkpoints.folder import load_folder, save_folder
+from triptych.checkpoints.parts import initialise
+from triptych.data.loader import Loader, read_once
+from triptych.data.pipelines import Example, ImageTextPipeline, PretrainingPipeline
+from triptych.data.samples import Record, pre_caption
+from triptych.data.sources import Source, open_source
+from triptych.data.tokenizers import Tokenizer, train_wordpiece, wordpiece_from_vocab
+from triptych.data.transforms import Preprocessing
+from triptych.models.mplug import MPlug, MPlugConfig
+from triptych.models.protocol import VisionLanguageModel
+from triptych.objectives.alignment import Alignment, AlignmentConfig
+from triptych.objectives.prefix_language import split_prefix
+from triptych.objectives.pretraining import Pretraining, PretrainingConfig, TextIds
+from triptych.tasks.captioning import Captioning, CaptioningConfig, CaptionReport, evaluate_captions
+from triptych.tasks.retrieval import RetrievalConfig, RetrievalReport, encode_collection, evaluate_retrieval
+from triptych.training.loop import Outcome, TrainConfig, Trainer
+from triptych.training.optim import OptimConfig
+from triptych.training.parallel import Process, autocast
+
+_VOCABULARY_SAMPLE = 200_000
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and what is done to them.
+
+    Attributes:
+        train, evaluate: locations as :func:`triptych.data.sources.open_source` takes them.
+        image_root: of list files whose image paths are relative.
+        splits, evaluate_splits: of Karpathy files.
+        evaluate_limit: pictures that an evaluation during training looks at; 0 for all.
+        scale: of the random crop; ``None`` keeps the whole picture.
+        augment: RandomAugment. ``flip``: mirror half of the pictures (not where texts say left and right).
+        per_caption: an epoch has every caption of a picture, not one of them.
+    """
+
+    train: tuple[str, ...] = ()
+    evaluate: tuple[str, ...] = ()
+    image_root: str | None = None
+    splits: tuple[str, ...] | None = None
+    evaluate_splits: tuple[str, ...] | None = None
+    evaluate_limit: int = 1000
+    preprocessing: Preprocessing = field(default_factory=lambda: Preprocessing(256))
+    scale: tuple[float, float] | None = (0.2, 1.0)
+    augment: bool = True
+    flip: bool = True
+    max_words: int = 30
+    max_tokens: int = 25
+    per_caption: bool = False
+
+    def source(self) -> Source:
+        """The training data."""
+        return open_source(self.train, image_root=self.image_root, splits=self.splits)
+
+    def evaluation_source(self) -> Source:
+        """The data to evaluate on."""
+        return open_source(self.evaluate, image_root=self.image_root, splits=self.evaluate_splits)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A complete configuration of one training.
+
+    Attributes:
+        objective: its type decides what is trained: pre-training, retrieval (ITC + ITM), or captioning.
+        model: sizes; with ``start`` those of the checkpoint are used.
+        start: a checkpoint folder to start from, or folders of parts (CLIP, BERT) that ``triptych convert`` made.
+        vocabulary: ``vocab.txt`` or ``tokenizer.json``; without one a WordPiece of ``model.text.vocab_size`` is trained
+            on the captions.
+        retrieval, captioning: how the model is evaluated.
+    """
+
+    name: str
+    objective: PretrainingConfig | AlignmentConfig | CaptioningConfig
+    model: MPlugConfig
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig
+    start: tuple[str, ...] = ()
+    vocabulary: str | None = None
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    captioning: CaptioningConfig = field(default_factory=lambda: CaptioningConfig(context="fused"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind."""
+
+    folder: Path
+    model_folder: Path
+    outcome: Outcome
+
+
+def run_recipe(recipe: Recipe, folder: Path, process: Process | None = None) -> Run:
+    """Train a recipe in a folder; a run that was interrupted there goes on.
+
+    The folder gets ``recipe.json``, ``log.jsonl``, ``tensorboard/``, ``checkpoints/`` and, at the end, ``model/``.
+    """
+    process = process or Process()
+    source = recipe.data.source()
+    model, tokenizer = _build_model(recipe, source, folder, process)
+    task = _build_task(recipe, model, tokenizer)
+    loader: Loader[Example, Any] = Loader(
+        source,
+        (pipeline := _pipeline(recipe, tokenizer)).prepare,
+        pipeline.collate,
+        batch_size=recipe.train.batch_size,
+        seed=recipe.train.seed,
+        workers=recipe.train.workers,
+        rank=process.rank,
+        world=process.world,
+        per_caption=recipe.data.per_caption,
+    )
+    if process.leads:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
+
+    def evaluate(candidate: nn.Module, step: int) -> Mapping[str, float]:
+        assert isinstance(candidate, VisionLanguageModel)
+        return evaluate_model(recipe, candidate, tokenizer, limit=recipe.data.evaluate_limit)[0]
+
+    def save(candidate: nn.Module, name: str) -> Path:
+        return save_folder(
+            folder / name, candidate, tokenizer, recipe.data.preprocessing, task=task_description(recipe)
+        )
+
+    trainer = Trainer(
+        task,
+        loader,
+        folder,
+        recipe.train,
+        recipe.optim,
+        process,
+        evaluate=evaluate if recipe.data.evaluate else None,
+        best="CIDEr" if isinstance(recipe.objective, CaptioningConfig) else "mean",
+        save_best=lambda candidate: save(candidate, "best"),
+    )
+    outcome = trainer.run()
+    if outcome.finished and process.leads:
+        save(trainer.model, "model")
+    return Run(folder, folder / "model", outcome)
+
+
+def task_description(recipe: Recipe) -> dict[str, Any]:
+    """What a saved model was trained for, so that it can be used without its recipe."""
+    captioning = recipe.objective if isinstance(recipe.objective, CaptioningConfig) else recipe.captioning
+    return {"recipe": recipe.name, "captioning": asdict(captioning), "retrieval": asdict(recipe.retrieval)}
+
+
+def _build_model(
+    recipe: Recipe, source: Source, folder: Path, process: Process
+) -> tuple[VisionLanguageModel, Tokenizer]:
+    torch.manual_seed(recipe.train.seed)
+    size = recipe.data.preprocessing.image_size
+    if len(recipe.start) == 1 and (loaded := load_folder(recipe.start[0])).model_type == MPlug.model_type:
+        if loaded.tokenizer is None:
+            raise ValueError(f"{recipe.start[0]} has no tokenizer.json: convert it again with --vocab")
+        assert isinstance(loaded.model, VisionLanguageModel)
+        return loaded.model, loaded.tokenizer
+    tokenizer = _tokenizer(recipe, source, folder, process)
+    config = replace(
+        recipe.model,
+        text=replace(recipe.model.text, vocab_size=tokenizer.vocab_size),
+        vision=replace(recipe.model.vision, image_size=size),
+    )
+    model = MPlug(config)
+    if recipe.start:
+        initialise(model, *recipe.start)
+    return model, tokenizer
+
+
+def _tokenizer(recipe: Recipe, source: Source, folder: Path, process: Process) -> Tokenizer:
+    if recipe.vocabulary is not None:
+        return open_tokenizer(recipe.vocabulary)
+    path = folder / "tokenizer.json"
+    if not path.exists() and process.leads:
+        captions = (
+            pre_caption(caption, recipe.data.max_words)
+            for record in islice(iter(source), _VOCABULARY_SAMPLE)
+            for caption in record.captions
+        )
+        trained = train_wordpiece(captions, recipe.model.text.vocab_size)
+        folder.mkdir(parents=True, exist_ok=True)
+        trained.save(path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+    if process.world > 1:
+        torch.distributed.barrier()
+    return Tokenizer.load(path)
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """A ``tokenizer.json``, or BERT's ``vocab.txt``."""
+    return Tokenizer.load(path) if str(path).endswith(".json") else wordpiece_from_vocab(path)
+
+
+def _build_task(recipe: Recipe, model: VisionLanguageModel, tokenizer: Tokenizer) -> nn.Module:
+    pixels, objective, seed = recipe.data.preprocessing, recipe.objective, recipe.train.seed
+    if isinstance(objective, CaptioningConfig):
+        return Captioning(model, tokenizer, pixels, objective)
+    if isinstance(objective, PretrainingConfig):
+        ids = TextIds(tokenizer.pad_id, tokenizer.mask_id, tokenizer.special_ids, tokenizer.vocab_size)
+        return Pretraining(model, objective, ids, mean=pixels.mean, std=pixels.std, seed=seed)
+    return Alignment(model, objective, mean=pixels.mean, std=pixels.std, seed=seed)
+
+
+def _pipeline(recipe: Recipe, tokenizer: Tokenizer) -> ImageTextPipeline:
+    data, objective = recipe.data, recipe.objective
+    transform = data.preprocessing.train_transform(data.scale, data.augment, data.flip)
+    if isinstance(objective, PretrainingConfig):
+        return PretrainingPipeline(tokenizer, transform, data.max_words, data.max_tokens, split=split_prefix)
+    plain = ImageTextPipeline(tokenizer, transform, data.max_words, data.max_tokens)
+    if isinstance(objective, CaptioningConfig):
+        return replace(plain, end=True, prompt=objective.prompt)
+    return plain
+
+
+Pictures = Iterator[tuple[Sequence[Record], Tensor]]
+
+
+def read_pictures(source: Source, preprocessing: Preprocessing, batch_size: int = 50, limit: int = 0) -> Pictures:
+    """Records and their pixels (uint8), in order; ``limit`` stops after so many pictures."""
+    transform = preprocessing.test_transform()
+    batches = read_once(source, _Show(transform), _as_batch, batch_size=min(batch_size, limit) if limit else batch_size)
+    seen = 0
+    for records, pixels_BCHW in batches:
+        yield records, pixels_BCHW
+        seen += len(records)
+        if limit and seen >= limit:
+            return
+
+
+@dataclass(frozen=True)
+class _Show:
+    transform: Any
+
+    def __call__(self, record: Record, seed: int) -> tuple[Record, Tensor]:
+        from triptych.data.samples import decode_image
+
+        return replace(record, image=None), self.transform(decode_image(record))
+
+
+def _as_batch(examples: list[tuple[Record, Tensor]]) -> tuple[list[Record], Tensor]:
+    records, pixels = zip(*examples, strict=True)
+    return list(records), torch.stack(pixels)
+
+
+def evaluate_model(
+    recipe: Recipe, model: VisionLanguageModel, tokenizer: Tokenizer, *, limit: int = 0, blank: bool = False
+) -> tuple[dict[str, float], CaptionReport | None, RetrievalReport | None]:
+    """Captions and retrieval on the recipe's evaluation data, as far as its objective trained them."""
+    preprocessing, objective = recipe.data.preprocessing, recipe.objective
+    scores: dict[str, float] = {}
+    captions, retrieval = None, None
+    device = next(model.parameters()).device
+    model.eval()
+    with autocast(device, recipe.train.precision):
+        if not isinstance(objective, CaptioningConfig):
+            pictures = read_pictures(recipe.data.evaluation_source(), preprocessing, limit=limit)
+            collection = encode_collection(model, tokenizer, preprocessing, pictures, recipe.retrieval, blank=blank)
+            retrieval = evaluate_retrieval(model, collection, recipe.retrieval)
+            scores |= retrieval.scores
+        if isinstance(objective, PretrainingConfig | CaptioningConfig):
+            config = objective if isinstance(objective, CaptioningConfig) else recipe.captioning
+            pictures = read_pictures(recipe.data.evaluation_source(), preprocessing, limit=limit)
+            captions = evaluate_captions(Captioning(model, tokenizer, preprocessing, config), pictures, blank=blank)
+            scores |= captions.scores
+    return scores, captions, retrieval
