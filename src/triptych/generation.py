@@ -6,13 +6,15 @@ Shape legend: B batch, K beams, R rows (B times K, the beams of an example are n
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from triptych.models.protocol import Encoded
 from triptych.models.text import TextDecoder
+
+BeamRule = Literal["frozen", "official"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class BeamSearch:
     """Beam search settings; ``beams=1`` is greedy decoding.
 
     Attributes:
-        min_length, max_length: generated tokens, without the prompt, with the end token.
+        min_length: generated tokens, without the prompt, before the end token may come.
+        max_length: generated tokens, without the prompt, with the end token.
         length_penalty: alpha of Wu et al. 2016: a hypothesis of t tokens scores sum(log p) / ((5 + t) / 6) ** alpha.
         rule: ``frozen`` keeps a finished beam as it is. ``official`` is mPLUG's search (``predictor.py:133-311``): a
             finished beam below the best one goes on being extended, so words can follow the end token.
@@ -39,13 +42,14 @@ class BeamSearch:
     min_length: int = 1
     max_length: int = 25
     length_penalty: float = 0.6
-    rule: Literal["frozen", "official"] = "frozen"
+    rule: BeamRule = "frozen"
 
     def __post_init__(self) -> None:
         if self.beams < 1:
             raise ValueError(f"beams must be at least 1, not {self.beams}")
-        if not 0 <= self.min_length <= self.max_length or self.max_length < 1:
-            raise ValueError(f"lengths must satisfy 0 <= min <= max, not {self.min_length} and {self.max_length}")
+        _check_lengths(self.min_length, self.max_length)
+        if self.rule not in get_args(BeamRule):
+            raise ValueError(f"rule must be one of {', '.join(get_args(BeamRule))}, not {self.rule!r}")
 
     def penalty(self, length: int) -> float:
         """What a sum of log-probabilities of ``length`` generated tokens is divided by."""
@@ -69,6 +73,14 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 < self.top_p <= 1 or self.temperature <= 0:
             raise ValueError(f"top_p must be in (0, 1] and temperature positive: {self.top_p}, {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must not be negative: {self.top_k}")
+        _check_lengths(self.min_length, self.max_length)
+
+
+def _check_lengths(minimum: int, maximum: int) -> None:
+    if not 0 <= minimum <= maximum or maximum < 1:
+        raise ValueError(f"lengths must satisfy 0 <= min <= max and 1 <= max, not {minimum} and {maximum}")
 
 
 @dataclass(frozen=True)
@@ -147,6 +159,8 @@ def generate(
     batch, device = len(memory), memory.hidden_BLD.device
     if prompt_BL is None:
         prompt_BL = torch.full((batch, 1), special.bos, dtype=torch.long, device=device)
+    if len(prompt_BL) != batch or prompt_BL.shape[1] == 0:
+        raise ValueError(f"a prompt of {list(prompt_BL.shape)} ids for a memory of {batch} rows")
     if batch == 0:
         return []
     was_training = decoder.training
@@ -305,7 +319,7 @@ def _nucleus(logits_BV: Tensor, search: Sampling) -> Tensor:
     probs_BV = logits_BV.softmax(-1)
     sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True)
     mass_before_BV = sorted_BV.cumsum(-1) - sorted_BV
-    dropped_BV = mass_before_BV >= search.top_p
+    dropped_BV = (mass_before_BV >= search.top_p) & (search.top_p < 1)  # rounded, the mass reaches 1 before the tail
     if search.top_k:
         dropped_BV[:, search.top_k :] = True
     dropped_BV[:, 0] = False

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import random
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -110,6 +111,27 @@ def test_truncated_files(tmp_path: Path, form: str, kept: float) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: int(kept * len(data)) if kept < 1 else int(kept)])
     problem(path)
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "safetensors"])
+def test_any_damage_is_one_line_or_goes_unnoticed(tmp_path: Path, form: str) -> None:
+    whole = tmp_path / ("whole.safetensors" if form == "safetensors" else "whole.pth")
+    if form == "safetensors":
+        save_file(TENSORS, whole)
+    else:
+        torch.save(TENSORS, whole, _use_new_zipfile_serialization=form == "zip")
+    data, dice = whole.read_bytes(), random.Random(3)
+    refused = 0
+    for _ in range(80):
+        damaged = bytearray(data)
+        for _ in range(dice.choice([1, 3, 20])):
+            damaged[dice.randrange(len(data))] = dice.randrange(256)
+        (tmp_path / f"damaged{whole.suffix}").write_bytes(damaged)
+        try:
+            read_tensors(tmp_path / f"damaged{whole.suffix}")
+        except CheckpointError as error:
+            refused += "\n" not in str(error)
+    assert refused > 20
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,7 @@ def test_padding_beyond_the_longest_hypothesis_is_no_difference(goldens: Path, t
     [
         ("model", "bridgetower", "cannot be verified yet; known are mplug"),
         ("model", None, "cannot be verified yet"),
+        ("model", ["mplug"], "cannot be verified yet"),
         ("stride", "three", "stride must be of type int"),
         ("stride", 0, "stride must be at least 1"),
         ("vision", {"width": 32}, "config.json: vision: field 'layers' is missing"),
@@ -154,13 +155,8 @@ def test_incomplete_folders(goldens: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bridgetower_tiny", "eve_tiny"])
 def test_families_without_a_converter_say_so(shared: Path, name: str) -> None:
-    folder = shared / "goldens" / name
-    try:
-        checks = verify(folder)
-    except CheckpointError as error:
-        assert "cannot be verified yet" in str(error)
-    else:
-        assert passed(checks)
+    with pytest.raises(CheckpointError, match="cannot be verified yet"):
+        verify(shared / "goldens" / name)
 
 
 def test_output_for_people_and_programs() -> None:

@@ -15,7 +15,6 @@ from triptych.data.transforms import (
     RandomAugment,
     augment,
     normalize,
-    random_resized_crop,
     to_tensor,
 )
 
@@ -48,6 +47,13 @@ def test_all_transforms_give_uint8_squares(resize, size):
         assert pixels_CHW.is_contiguous()
 
 
+def test_squash_is_bicubic_as_in_pillow():
+    image = noise(50, 70)  # larger than the result in one direction, smaller in the other
+    expected = np.asarray(image.resize((60, 60), Image.Resampling.BICUBIC)).astype(int)
+    result = Preprocessing(60).test_transform()(image).permute(1, 2, 0).numpy()
+    assert np.abs(result - expected).max() <= 1
+
+
 def test_squash_keeps_everything_and_crop_the_centre():
     left, right = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (64, 32), "blue")
     image = Image.new("RGB", (96, 32))
@@ -74,10 +80,10 @@ def test_flip_mirrors_half_of_the_pictures():
     straight, mirrored = to_tensor(image), to_tensor(ImageOps.mirror(image))
     kinds = [
         1 if torch.equal(result := transform(image), mirrored) else -int(not torch.equal(result, straight))
-        for _ in range(200)
+        for _ in range(400)
     ]
     assert -1 not in kinds
-    assert 70 < sum(kinds) < 130
+    assert 160 < sum(kinds) < 240
 
 
 def test_random_crop_has_the_given_area_and_shape():
@@ -85,15 +91,19 @@ def test_random_crop_has_the_given_area_and_shape():
     y, x = np.mgrid[:240, :240]
     image = Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
     torch.manual_seed(0)
-    areas = []
+    transform = Preprocessing(64).train_transform((0.2, 1.0), augment=False, flip=False)
+    areas, shapes = [], []
     for _ in range(100):
-        pixels = np.asarray(random_resized_crop(image, 64, (0.2, 1.0))).astype(float)
-        width, height = np.ptp(pixels[32, :, 0]) + 1, np.ptp(pixels[:, 32, 1]) + 1
-        assert 0.7 < width / height < 1.43
+        pixels = transform(image).double().numpy()
+        width, height = np.ptp(pixels[0, 32]) + 1, np.ptp(pixels[1, :, 32]) + 1
         areas.append(width * height / 240**2)
+        shapes.append(width / height)
     assert 0.17 < min(areas) < 0.3
     assert 0.75 < max(areas) <= 1.02
-    assert random_resized_crop(noise(1, 500), 8, (0.9, 1.0)).size == (8, 8)
+    assert 0.7 < min(shapes) < 0.85
+    assert 1.18 < max(shapes) < 1.43
+    narrow = Preprocessing(8).train_transform((0.9, 1.0), augment=False)
+    assert narrow(noise(1, 500)).shape == (3, 8, 8)
 
 
 def test_transforms_depend_on_torch_seed_alone():
@@ -181,7 +191,7 @@ def test_random_augment_draws_as_often_as_it_should():
     image = noise(8, 8)
     torch.manual_seed(0)
     bright = RandomAugment(count=1, operations=("Brightness",))
-    assert 70 < sum(bright(image) is not image for _ in range(200)) < 130
+    assert 160 < sum(bright(image) is not image for _ in range(400)) < 240
     twice = RandomAugment(count=2, operations=("TranslateX",), probability=1)
     moved = np.asarray(Image.new("RGB", (40, 1), "white"))
     results = {np.asarray(twice(Image.fromarray(moved)))[0, :, 0].tobytes() for _ in range(50)}

@@ -74,7 +74,7 @@ def convert_bert(source: Path, tensors: Tensors, options: Options) -> Converted:
     state, report = convert_tensors(
         tensors,
         names,
-        shapes_of(build),
+        shapes_of(build, source),
         source,
         allow_missing=options.allow_missing,
         allow_unexpected=options.allow_unexpected,
@@ -157,7 +157,7 @@ def text_config(
     if activation not in (None, "gelu"):
         raise CheckpointError(source, f"its text layers use {activation!r}; only 'gelu' is supported")
     notes = []
-    heads = heads or beside.integer("num_attention_heads")
+    heads = heads or beside.integer("num_attention_heads", "heads")
     if heads is None:
         heads = heads_of(width, "text", source)
         notes.append(f"{heads} attention heads in the text layers, assumed from width {width} / 64")
@@ -188,9 +188,8 @@ def table(tensors: Tensors, name: str, source: Path) -> tuple[int, int]:
 
 
 def count(names: Collection[str], prefix: str) -> int:
-    """How many layers there are, ``prefix0`` up to the highest number."""
-    numbers = {name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)}
-    return max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
+    """How many numbered layers there are below ``prefix``."""
+    return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})
 
 
 def heads_of(width: int, part: str, source: Path) -> int:

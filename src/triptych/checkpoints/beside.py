@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ class Beside:
         if self.path is not None:
             self._values = read_json(self.path)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
     def part(self, key: str) -> Beside:
-        """The configuration nested under ``key``, or this one where there is no such key."""
+        """The configuration nested under ``key``; an empty one where there is none."""
         inner = self._values.get(key)
-        if not isinstance(inner, dict):
-            return self
-        part = Beside.__new__(Beside)
-        part.path, part._values = self.path, inner
+        part = copy(self)
+        part._values = inner if isinstance(inner, dict) else {}
         return part
 
     def integer(self, *keys: str) -> int | None:
@@ -50,12 +52,12 @@ class Beside:
             raise CheckpointError(str(self.path), f"{key} must be a number of at least 0, not {value!r}")
         return float(value)
 
-    def text(self, key: str) -> str | None:
-        """A string."""
-        value = self._first((key,))
+    def text(self, *keys: str) -> str | None:
+        """The first of these keys that is there, a string."""
+        value = self._first(keys)
         if value is None or isinstance(value, str):
             return value
-        raise CheckpointError(str(self.path), f"{key} must be a string, not {value!r}")
+        raise CheckpointError(str(self.path), f"{keys[0]} must be a string, not {value!r}")
 
     def _first(self, keys: tuple[str, ...]) -> Any:
         return next((self._values[key] for key in keys if self._values.get(key) is not None), None)

@@ -59,7 +59,7 @@ def convert_clip(source: Path, tensors: Tensors, options: Options) -> Converted:
 def convert_clip_hf(source: Path, tensors: Tensors, options: Options) -> Converted:
     """transformers' CLIPModel or CLIPVisionModel."""
     expect("transformers' CLIP", ["vision_model.embeddings."], tensors, source)
-    vision = "vision_model."
+    vision, beside = "vision_model.", Beside(source, "config.json")
     config, notes = vision_config(
         tensors,
         source,
@@ -68,7 +68,7 @@ def convert_clip_hf(source: Path, tensors: Tensors, options: Options) -> Convert
         patches=f"{vision}embeddings.patch_embedding.weight",
         table=f"{vision}embeddings.position_embedding.weight",
         layers=f"{vision}encoder.layers.",
-        beside=Beside(source, "config.json").part("vision_config"),
+        beside=beside.part("vision_config") if "vision_config" in beside else beside,
     )
     names = NameMap(_transformers_vision(vision, config))
     names.drop("a constant", "*.position_ids")
@@ -149,7 +149,7 @@ def vision_config(
     if side * side + 1 != tensors[table].shape[0]:
         raise CheckpointError(source, f"{table} is not a class token and a square grid")
     notes = []
-    heads = options.vision_heads or (beside.integer("num_attention_heads") if beside else None)
+    heads = options.vision_heads or (beside.integer("num_attention_heads", "heads") if beside else None)
     if heads is None:
         heads = heads_of(width, "vision", source)
         notes.append(f"{heads} attention heads in the image encoder, assumed from width {width} / 64")
@@ -174,7 +174,7 @@ def vision_config(
 
 
 def _activation(beside: Beside | None, source: Path) -> Activation:
-    match beside.text("hidden_act") if beside else None:
+    match beside.text("hidden_act", "activation") if beside else None:
         case None | "quick_gelu":
             return "quick_gelu"
         case "gelu":
@@ -197,7 +197,7 @@ def _convert(
     state, report = convert_tensors(
         tensors,
         names,
-        shapes_of(build),
+        shapes_of(build, source),
         source,
         allow_missing=options.allow_missing,
         allow_unexpected=options.allow_unexpected,

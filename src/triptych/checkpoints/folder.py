@@ -16,10 +16,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -37,7 +37,7 @@ from triptych.data.tokenizers import Tokenizer
 from triptych.data.transforms import Preprocessing
 from triptych.models import MODELS
 from triptych.models.protocol import VisionLanguageModel
-from triptych.models.vision import VisionConfig, VisionTransformer
+from triptych.models.vision import VisionConfig, VisionTransformer, resize_positions
 
 FORMAT = "triptych-checkpoint"
 FORMAT_VERSION = 1
@@ -67,6 +67,10 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(Bert, BertConfig),
 }
 """By ``model_type``: every network, and parts to initialise one from."""
+
+
+_POSITIONS: dict[str, Literal["bilinear", "bicubic"]] = {"mplug": "bilinear"}
+"""How each network's ``vision.position_embedding`` is interpolated to another ``config.vision.image_size``."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +174,12 @@ def save_folder(
     return folder
 
 
-def load_folder(path: str | Path) -> Loaded:
+def load_folder(path: str | Path, *, image_size: int | None = None) -> Loaded:
     """Read a checkpoint folder.
+
+    Args:
+        image_size: pixels of a side, where the model is to go on at another resolution than it was saved with: its
+            position table is interpolated, configuration and preprocessing follow.
 
     Raises:
         CheckpointError: something is missing, damaged, of a newer format, or does not fit the configuration.
@@ -198,6 +206,9 @@ def load_folder(path: str | Path) -> Loaded:
 
     state = _load_tensors(folder / WEIGHTS)
     _check_fit(folder / WEIGHTS, state, build)
+    if image_size is not None:
+        model_config, state = _resized(folder, config["model_type"], model_config, state, image_size)
+        preprocessing = replace(preprocessing, image_size=image_size) if preprocessing else None
     return Loaded(
         model=build_with(build, state),
         config=model_config,
@@ -214,6 +225,7 @@ def load(
     path_or_hub_id: str | Path,
     *,
     revision: str | None = None,
+    image_size: int | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Loaded:
@@ -223,15 +235,16 @@ def load(
 
     Args:
         revision: branch, tag or commit on the Hub.
+        image_size: as in :func:`load_folder`.
         device, dtype: where to put the model and what to cast its weights to; by default as saved, on the CPU.
     """
     local = _complete(Path(path_or_hub_id).resolve())
     if local.exists():
         if revision is not None:
             raise CheckpointError(local, "is a local folder, which has no revisions: leave the revision out")
-        loaded = load_folder(local)
+        loaded = load_folder(local, image_size=image_size)
     else:
-        loaded = load_folder(_download(str(path_or_hub_id), revision))
+        loaded = load_folder(_download(str(path_or_hub_id), revision), image_size=image_size)
     loaded.model.to(device=device, dtype=dtype)
     return loaded
 
@@ -292,13 +305,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(path, f"unknown field {name!r}; known are {', '.join(sorted(known))}")
     for name in sorted(known - config.keys()):
         raise CheckpointError(path, f"field {name!r} is missing")
-    if config["model_type"] not in FAMILIES:
+    if config["model_type"] not in list(FAMILIES):
         raise CheckpointError(path, f"model_type must be one of {', '.join(FAMILIES)}, not {config['model_type']!r}")
     return config
 
 
-def _check_fit(path: Path, state: Tensors, build: Any) -> None:
-    expected = shapes_of(build)
+def _check_fit(path: Path, state: Tensors, build: Callable[[], nn.Module]) -> None:
+    expected = shapes_of(build, path.with_name(CONFIG))
     for name in [*expected, *state]:
         if name not in state:
             raise CheckpointError(path, f"has no {name}, which config.json's model needs")
@@ -309,6 +322,24 @@ def _check_fit(path: Path, state: Tensors, build: Any) -> None:
                 path,
                 f"{name} is {list(state[name].shape)}, but {list(expected[name])} in config.json's model",
             )
+
+
+def _resized(folder: Path, model_type: str, config: Any, state: Tensors, image_size: int) -> tuple[Any, Tensors]:
+    """Configuration and tensors for another image size."""
+    if model_type not in _POSITIONS:
+        raise CheckpointError(folder, f"the image size of a {model_type} cannot be changed on loading")
+    if image_size < 1:
+        raise CheckpointError(folder, f"image_size must be at least 1, not {image_size}")
+    name = "vision.position_embedding"
+    try:
+        vision = replace(config.vision, image_size=image_size)
+        side = image_size // vision.patch
+        return replace(config, vision=vision), {
+            **state,
+            name: resize_positions(state[name], (side, side), _POSITIONS[model_type]),
+        }
+    except ValueError as error:
+        raise CheckpointError(folder, str(error)) from error
 
 
 def _load_tokenizer(path: Path) -> Tokenizer | None:

@@ -236,8 +236,8 @@ def convert_tensors(
             report.unexpected.append(Entry(name, tuple(tensor.shape)))
     report.missing = [Entry(name, shape) for name, shape in expected.items() if name not in state]
 
-    _refuse_unexpected(report.unexpected, allow_unexpected, source)
     _refuse_missing(report.missing, allow_missing, names, source, hint)
+    _refuse_unexpected(report.unexpected, allow_unexpected, source)
     return state, report
 
 

@@ -110,7 +110,7 @@ def mplug_state(
     return convert_tensors(
         tensors,
         mplug_names(config, tensors),
-        shapes_of(lambda: MPlug(config)),
+        shapes_of(lambda: MPlug(config), source),
         source,
         allow_missing=allow_missing,
         allow_unexpected=allow_unexpected,
@@ -192,7 +192,10 @@ def _drop_unused(names: NameMap, vision: str, fusion: str, copy: str) -> None:
 def infer_config(
     tensors: Tensors, source: Path, options: Options, *, attention_dropout: float
 ) -> tuple[MPlugConfig, list[str]]:
-    """Sizes, from the tensors, the options and a configuration beside the file; and notes on what was assumed."""
+    """Sizes, from the tensors, the options and a configuration beside the file; and notes on what was assumed.
+
+    The configuration is the official ``config_bert.json`` or a ``config.json`` with the fields of an MPlugConfig.
+    """
     beside = Beside(source, "config_bert.json", "config.json")
     vision, notes = vision_config(
         tensors,
@@ -202,10 +205,12 @@ def infer_config(
         patches="visual_encoder.visual.conv1.weight",
         table="visual_encoder.visual.positional_embedding",
         layers="visual_encoder.visual.transformer.resblocks.",
+        beside=beside.part("vision"),
         attention_dropout=attention_dropout,
     )
     prefix = f"text_encoder{_inner(tensors, 'text_encoder')}."
-    text, text_notes = text_config(tensors, prefix, source, beside, options.text_heads)
+    text_beside = beside.part("text") if "text" in beside else beside
+    text, text_notes = text_config(tensors, prefix, source, text_beside, options.text_heads)
     notes += text_notes
     allocated = count(tensors, f"fusion_encoder{_inner(tensors, 'fusion_encoder')}.encoder.layer.")
     fusion_layers = options.fusion_layers or beside.integer("fusion_layers")
@@ -214,7 +219,7 @@ def infer_config(
         notes.append(f"the upper {fusion_layers} of {allocated} fusion layers run (default; no tensor tells)")
     if fusion_layers > allocated:
         raise CheckpointError(source, f"has {allocated} fusion layers, {fusion_layers} were asked for")
-    stride = options.stride or beside.integer("stride_layer")
+    stride = options.stride or beside.integer("stride_layer", "stride")
     if stride is None:
         stride = 3 if vision.width == text.width else 6
         notes.append(f"stride {stride} (default for this size; no tensor tells)")
@@ -260,7 +265,7 @@ def _momentum(tensors: Tensors, config: MPlugConfig, source: Path, report: Repor
     }
     if not copies:
         raise CheckpointError(source, "has no momentum copies to keep; leave out --keep-momentum")
-    shapes = shapes_of(lambda: MPlug(config))
+    shapes = shapes_of(lambda: MPlug(config), source)
     ema, momentum = convert_tensors(copies, mplug_names(config, copies, MOMENTUM), shapes, source, allow_missing=("*",))
     report.dropped = [dropped for dropped in report.dropped if dropped.name not in copies] + momentum.dropped
     report.notes.append(f"{len(ema)} momentum copies kept in ema.safetensors")

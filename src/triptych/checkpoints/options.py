@@ -11,7 +11,7 @@ from triptych.checkpoints.errors import CheckpointError
 from triptych.checkpoints.mapping import Report
 from triptych.checkpoints.reading import Tensors
 from triptych.data.transforms import Preprocessing
-from triptych.models.layers import Activation
+from triptych.models.layers import ACTIVATIONS, Activation
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,14 @@ class Options:
     allow_missing: tuple[str, ...] = ()
     allow_unexpected: tuple[str, ...] = ()
     vocab: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "vision_heads", "text_heads", "stride", "fusion_layers", "decoder_layers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.activation is not None and self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
 
     def refuse_others(self, applicable: frozenset[str], kind: str, source: str | Path) -> None:
         """An option that does nothing for this kind of file is an error."""

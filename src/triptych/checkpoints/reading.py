@@ -12,7 +12,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -141,7 +141,9 @@ def _read_zip(path: Path) -> Tensors:
                 return read_torchscript(archive, path)
             if not any(name.endswith("/data.pkl") for name in archive.namelist()):
                 raise CheckpointError(path, "a zip archive without weights; unpack it and name the file")
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except CheckpointError:
+        raise
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError) as error:
         raise CheckpointError(path, f"the file is cut off or damaged ({error}); {_AGAIN}") from error
     return _read_pickle(path)
 
@@ -175,32 +177,32 @@ def _foreign_name(path: Path, message: str) -> str | None:
     named = re.search(r"GLOBAL ([\w.]+)", message)
     if named:
         return named[1]
-    if zipfile.is_zipfile(path):
+    try:
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                return next(_foreign_names(file), None)
         with zipfile.ZipFile(path) as archive:
             record = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            with archive.open(record) as file:
-                return _first_foreign(file)
-    with path.open("rb") as file:
-        return _first_foreign(file)
-
-
-def _first_foreign(file: IO[bytes]) -> str | None:
-    strings: list[str] = []
-    try:
-        for _ in range(4):  # the old format: magic number, version, machine, content
-            for opcode, argument, _ in pickletools.genops(file):
-                if isinstance(argument, str):
-                    strings.append(argument)
-                name = None
-                if opcode.name in ("GLOBAL", "INST"):
-                    name = strings[-1].replace(" ", ".")
-                elif opcode.name == "STACK_GLOBAL":
-                    name = ".".join(strings[-2:])
-                if name is not None and name.split(".")[0] not in ("torch", "collections"):
-                    return name
-    except Exception:  # not a pickle to its end: the caller reports a damaged file
+            with archive.open(record) as inner:
+                return next(_foreign_names(inner), None)
+    except Exception:  # damaged on the way: the caller says so
         return None
-    return None
+
+
+def _foreign_names(file: IO[bytes]) -> Iterator[str]:
+    """What the pickles of a file would import beside torch; reading their instructions runs none of them."""
+    strings: list[str] = []
+    for _ in range(4):  # the old format: magic number, version, machine, content
+        for opcode, argument, _ in pickletools.genops(file):
+            if isinstance(argument, str):
+                strings.append(argument)
+            name = ""
+            if opcode.name in ("GLOBAL", "INST"):
+                name = strings[-1].replace(" ", ".")
+            elif opcode.name == "STACK_GLOBAL":
+                name = ".".join(strings[-2:])
+            if name and name.split(".")[0] not in ("torch", "collections"):
+                yield name
 
 
 def _unwrap(content: object, path: Path) -> Tensors:

@@ -84,7 +84,7 @@ def verify(folder: str | Path, tolerance: float = 1e-4) -> list[Check]:
     """
     recording = _read(Path(folder))
     family = recording.config.get("model")
-    if family not in FAMILIES:
+    if family not in list(FAMILIES):
         raise CheckpointError(
             folder, f"recorded from {family!r}, which cannot be verified yet; known are {', '.join(FAMILIES)}"
         )

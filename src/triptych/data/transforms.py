@@ -2,10 +2,11 @@
 
 Shapes: B batch, C 3 colours, H and W height and width in pixels.
 
-Everything up to the tensor runs in Pillow, as the official code's resizing does, so numbers agree with it and
-no compiled image library has to match the installed torch. Tensors leave as uint8 (a quarter of the bytes to
-move to the device); `normalize` runs there. Randomness comes from torch's global CPU generator alone: run a
-training transform inside `triptych.data.loader.seeded`.
+Everything up to the tensor is torchvision's v2 transforms on Pillow pictures: the official code resizes with
+the same filter. Tensors leave as uint8 (a quarter of the bytes to move to the device); `normalize` runs there.
+Randomness comes from torch's global CPU generator alone: run a training transform inside
+`triptych.data.loader.seeded`. torchvision is imported where it is used, since that takes more than a second
+and models, which say how they want their pictures, import this file.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
 from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -96,7 +96,9 @@ class Preprocessing:
 
     def test_transform(self) -> Transform:
         """The transform of evaluation: the whole picture, nothing random."""
-        return TestTransform(self.image_size, self.resize)
+        from torchvision.transforms import v2
+
+        return v2.Compose([*self._whole(), to_tensor])
 
     def train_transform(
         self, scale: tuple[float, float] | None = (0.2, 1.0), augment: bool = True, flip: bool = True
@@ -109,50 +111,39 @@ class Preprocessing:
             augment: RandomAugment with 2 operations of magnitude 7.
             flip: mirror every second picture; not where texts say left and right.
         """
-        return TrainTransform(self.image_size, self.resize, scale, RandomAugment() if augment else None, flip)
+        from torchvision.transforms import v2
+
+        if scale is None:
+            steps = self._whole()
+        elif 0 < scale[0] <= scale[1] <= 1:
+            steps = [v2.RandomResizedCrop(self.image_size, scale, interpolation=v2.InterpolationMode.BICUBIC)]
+        else:
+            raise ValueError(f"scale must be (smallest, largest) with 0 < smallest <= largest <= 1: {scale}")
+        if flip:
+            steps.append(v2.RandomHorizontalFlip())
+        if augment:
+            steps.append(RandomAugment())
+        return v2.Compose([*steps, to_tensor])
 
     def normalize(self, pixels_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """`normalize` with this mean and std."""
         return normalize(pixels_BCHW, self.mean, self.std, dtype)
 
+    def _whole(self) -> list[Callable[[Image.Image], Image.Image]]:
+        """The steps that make a square of the whole picture."""
+        from torchvision.transforms import v2
 
-@dataclass(frozen=True)
-class TestTransform:
-    """See `Preprocessing.test_transform`."""
-
-    __test__ = False  # not a test, whatever pytest thinks of the name
-
-    image_size: int
-    resize: Literal["squash", "crop"]
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return to_tensor(resize_whole(image, self.image_size, self.resize))
+        bicubic = v2.InterpolationMode.BICUBIC
+        if self.resize == "squash":
+            return [v2.Resize((self.image_size, self.image_size), bicubic)]
+        return [v2.Resize(self.image_size, bicubic), v2.CenterCrop(self.image_size)]
 
 
-@dataclass(frozen=True)
-class TrainTransform:
-    """See `Preprocessing.train_transform`."""
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> uint8 tensor (C, H, W)."""
+    from torchvision.transforms.v2 import functional
 
-    image_size: int
-    resize: Literal["squash", "crop"]
-    scale: tuple[float, float] | None
-    augment: RandomAugment | None
-    flip: bool
-
-    def __post_init__(self) -> None:
-        if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale must be (smallest, largest) with 0 < smallest <= largest <= 1: {self.scale}")
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        if self.scale is None:
-            image = resize_whole(image, self.image_size, self.resize)
-        else:
-            image = random_resized_crop(image, self.image_size, self.scale)
-        if self.flip and _uniform() < 0.5:
-            image = ImageOps.mirror(image)
-        if self.augment is not None:
-            image = self.augment(image)
-        return to_tensor(image)
+    return functional.pil_to_tensor(image).contiguous()
 
 
 @dataclass(frozen=True)
@@ -160,7 +151,8 @@ class RandomAugment:
     """ALBEF's and mPLUG's RandomAugment(N, M) on an RGB picture (their dataset/randaugment.py).
 
     `count` operations are drawn with replacement from `operations`, and each is applied with probability
-    `probability` at `level` of 0..10; geometric ones take a random sign and fill with grey.
+    `probability` at `level` of 0..10; geometric ones take a random sign and fill with grey. torchvision's own
+    RandAugment has other operations and magnitudes.
     """
 
     count: int = 2
@@ -176,98 +168,61 @@ class RandomAugment:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         for _ in range(self.count):
-            operation = self.operations[_integer(len(self.operations))]
-            if _uniform() < self.probability:
-                sign = 1 if _uniform() < 0.5 else -1
+            operation = self.operations[int(torch.randint(len(self.operations), ()))]
+            if torch.rand(()) < self.probability:
+                sign = 1 if torch.rand(()) < 0.5 else -1
                 image = augment(image, operation, self.level, sign)
         return image
 
 
 def augment(image: Image.Image, operation: Operation, level: float, sign: int = 1) -> Image.Image:
     """One operation of RandomAugment at `level` of 0..10; `sign` turns the geometric ones round."""
+    from torchvision.transforms.v2 import functional
+
     share = level / 10
     match operation:
         case "Identity":
             return image
         case "AutoContrast":
-            return ImageOps.autocontrast(image)
+            return functional.autocontrast(image)
         case "Equalize":
-            return ImageOps.equalize(image)
+            return functional.equalize(image)
         case "Brightness":
-            return ImageEnhance.Brightness(image).enhance(share * 1.8 + 0.1)
+            return functional.adjust_brightness(image, share * 1.8 + 0.1)
         case "Sharpness":
-            return ImageEnhance.Sharpness(image).enhance(share * 1.8 + 0.1)
+            return functional.adjust_sharpness(image, share * 1.8 + 0.1)
         case "ShearX":
-            return _affine(image, (1, -sign * share * 0.3, 0), (0, 1, 0))
+            return _affine(image, shear=(-sign * share * 0.3, 0))
         case "ShearY":
-            return _affine(image, (1, 0, 0), (-sign * share * 0.3, 1, 0))
+            return _affine(image, shear=(0, -sign * share * 0.3))
         case "TranslateX":
-            return _affine(image, (1, 0, sign * share * 10), (0, 1, 0))
+            return _affine(image, translate=(-sign * share * 10, 0))
         case "TranslateY":
-            return _affine(image, (1, 0, 0), (0, 1, sign * share * 10))
+            return _affine(image, translate=(0, -sign * share * 10))
         case "Rotate":
-            angle = math.radians(sign * share * 30)
-            cos, sin = math.cos(angle), math.sin(angle)
-            x, y = image.width / 2, image.height / 2
-            return _affine(image, (cos, -sin, x - cos * x + sin * y), (sin, cos, y - sin * x - cos * y))
+            return _affine(image, -sign * share * 30, origin=(image.width / 2, image.height / 2))
 
 
-def random_resized_crop(image: Image.Image, image_size: int, scale: tuple[float, float]) -> Image.Image:
-    """A random part of the picture, `scale` of its area and 3/4 to 4/3 in shape, as a square (bicubic).
+def _affine(
+    image: Image.Image,
+    angle: float = 0.0,
+    translate: tuple[float, float] = (0, 0),
+    shear: tuple[float, float] = (0, 0),
+    origin: tuple[float, float] = (0, 0),
+) -> Image.Image:
+    """`angle` in degrees clockwise and `shear` as slopes, about the pixel whose centre is `origin`.
 
-    The crop is drawn as torchvision's RandomResizedCrop draws it: ten tries, then the central crop.
+    OpenCV, which the official code uses, counts from pixel centres and Pillow from corners, hence the halves.
     """
-    left, upper, width, height = _draw_crop(image.width, image.height, scale)
-    part = image.crop((left, upper, left + width, upper + height))
-    return part.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    from torchvision.transforms.v2 import InterpolationMode, functional
 
-
-def _draw_crop(full_width: int, full_height: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
-    """(left, upper, width, height) in pixels."""
-    narrow, wide = 3 / 4, 4 / 3
-    for _ in range(10):
-        area = full_width * full_height * _uniform(*scale)
-        shape = math.exp(_uniform(math.log(narrow), math.log(wide)))
-        width, height = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
-        if 0 < width <= full_width and 0 < height <= full_height:
-            left, upper = _integer(full_width - width + 1), _integer(full_height - height + 1)
-            return left, upper, width, height
-    width = min(full_width, max(1, round(full_height * wide)))
-    height = min(full_height, max(1, round(full_width / narrow)))
-    return (full_width - width) // 2, (full_height - height) // 2, width, height
-
-
-def resize_whole(image: Image.Image, image_size: int, resize: Literal["squash", "crop"]) -> Image.Image:
-    """The picture as a square of `image_size`, bicubic; see `Preprocessing.resize`."""
-    if resize == "squash":
-        return image.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    short = min(image.size)
-    width, height = (int(image_size * side / short) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, upper = round((width - image_size) / 2), round((height - image_size) / 2)
-    return image.crop((left, upper, left + image_size, upper + image_size))
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> uint8 tensor (C, H, W)."""
-    pixels_HWC = np.array(image)
-    return torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
-
-
-def _affine(image: Image.Image, x_row: tuple[float, float, float], y_row: tuple[float, float, float]) -> Image.Image:
-    """Output pixel (x, y) shows the input at (x_row . (x, y, 1), y_row . (x, y, 1)); outside it is grey.
-
-    Coordinates are those of pixel centres, as in OpenCV, which the official code uses. Pillow counts from
-    pixel corners, hence the halves.
-    """
-    (a, b, c), (d, e, f) = x_row, y_row
-    matrix = (a, b, c + 0.5 - (a + b) / 2, d, e, f + 0.5 - (d + e) / 2)
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=GREY)
-
-
-def _uniform(low: float = 0.0, high: float = 1.0) -> float:
-    return low + (high - low) * float(torch.rand((), dtype=torch.float64))
-
-
-def _integer(end: int) -> int:
-    return int(torch.randint(end, ()))
+    return functional.affine(
+        image,
+        angle,
+        translate,
+        scale=1.0,
+        shear=[math.degrees(math.atan(slope)) for slope in shear],
+        interpolation=InterpolationMode.BILINEAR,
+        fill=GREY,
+        center=[pixel + 0.5 for pixel in origin],
+    )

@@ -9,7 +9,8 @@ X selected tokens, P pooled width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from triptych.models.layers import Memory, init_weights, run_block
-from triptych.models.protocol import Encoded, Fused, VisionLanguageModel
+from triptych.models.protocol import Encoded, Fused, Part, VisionLanguageModel
 from triptych.models.text import LanguageHead, TextConfig, TextDecoder, TextEncoder
-from triptych.models.vision import VisionConfig, VisionTransformer
+from triptych.models.vision import VisionConfig, VisionTransformer, resize_positions
 
 FusionKind = Literal["skip", "co_attention", "connected", "asymmetric"]
 SkipRule = Literal["released", "paper"]
@@ -182,6 +183,15 @@ class MPlug(VisionLanguageModel):
     """Vision Transformer, text encoder, skip-connected fusion, and a decoder on any encoded or fused state."""
 
     model_type: ClassVar[str] = "mplug"
+    parts: ClassVar[Mapping[Part, tuple[str, ...]]] = {
+        "image": ("vision", "bridge"),
+        "text": ("text",),
+        "fusion": ("fusion",),
+        "embedding": ("image_projection", "text_projection", "temperature"),
+        "matching": ("match_head",),
+        "masked": ("masked_head",),
+        "decoder": ("decoder",),
+    }
 
     def __init__(self, config: MPlugConfig) -> None:
         super().__init__()
@@ -201,6 +211,15 @@ class MPlug(VisionLanguageModel):
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
         for head in (self.image_projection, self.text_projection, self.match_head):
             init_weights(head)
+
+    def resize_images(self, image_size: int) -> None:
+        """Interpolate the position table once and for all, for training at another resolution."""
+        vision = replace(self.config.vision, image_size=image_size)
+        side = image_size // vision.patch
+        table_ND = resize_positions(self.vision.position_embedding.detach(), (side, side))
+        self.vision.position_embedding = nn.Parameter(table_ND.clone())
+        self.vision.config = vision
+        self.config = replace(self.config, vision=vision)
 
     def encode_image(self, pixels_BCHW: Tensor) -> Encoded:
         """[B, 3, H, W] normalised pixels to [B, N, D]."""

@@ -6,9 +6,9 @@ Shape legend: B batch, N image tokens, L text tokens, D width, E embedding width
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,9 @@ class Fused:
         return Encoded.join(image, text)
 
 
+Part = Literal["image", "text", "fusion", "embedding", "matching", "masked", "decoder"]
+
+
 class VisionLanguageModel(nn.Module, ABC):
     """A network with an image side, a text side and a fusion of both.
 
@@ -121,6 +124,8 @@ class VisionLanguageModel(nn.Module, ABC):
     """
 
     model_type: ClassVar[str]
+    parts: ClassVar[Mapping[Part, tuple[str, ...]]]
+    """Which attributes each use of the model needs."""
     width: int
     pooled_width: int
     embed_dim: int
@@ -157,3 +162,9 @@ class VisionLanguageModel(nn.Module, ABC):
     @abstractmethod
     def masked_logits(self, text_XD: Tensor) -> Tensor:
         """``[X, V]`` vocabulary logits for (selected) fused text states."""
+
+    def train_only(self, *used: Part) -> None:
+        """Freeze every parameter outside the parts that a task runs: they would never get a gradient."""
+        names = {name for part in used for name in self.parts[part]}
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.partition(".")[0] in names)

@@ -8,14 +8,14 @@ Shape legend: B batch, G batch of all processes, K keys (G and the queue), Q que
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from triptych.data.batches import ImageTextBatch
-from triptych.models.protocol import Encoded, VisionLanguageModel
+from triptych.models.protocol import Encoded, Part, VisionLanguageModel
 from triptych.objectives.contrastive import FeatureQueue, Keys, contrastive_loss
 from triptych.objectives.distributed import StepNoise, gather_encoded, gather_rows, rank, world_size
 from triptych.objectives.matching import draw_negatives, matching_loss
@@ -28,7 +28,7 @@ class OfficialBehaviour:
 
     Attributes:
         diagonal_targets: in ITC only the diagonal is positive, even where the queue holds the same picture.
-        frozen_fusion_teacher: the teacher's fusion network never follows the model.
+        frozen_fusion_teacher: the teacher's fusion network, MLM head included, never follows the model.
         sequence_softmax: the MLM distillation normalises the student over the sequence.
         unweighted_prefix: PrefixLM ignores its teacher (alpha is never passed on).
         teacher_dropout: the teacher runs with dropout.
@@ -88,6 +88,7 @@ class Alignment(nn.Module):
         seed: of the hard negatives, which depend on (seed, step) alone.
     """
 
+    uses: ClassVar[tuple[Part, ...]] = ("image", "text", "fusion", "embedding", "matching")
     _mean: Tensor
     _std: Tensor
 
@@ -104,11 +105,12 @@ class Alignment(nn.Module):
         self.model = model
         self.config = config
         self.seed = seed
+        model.train_only(*self.uses)
         official = config.official
         self.teacher = MomentumTeacher(
             model,
             config.momentum,
-            frozen=("fusion",) if official.frozen_fusion_teacher else (),
+            frozen=("fusion", "masked_head") if official.frozen_fusion_teacher else (),
             dropout=official.teacher_dropout,
         )
         self.queue = FeatureQueue(config.queue_size, model.embed_dim)

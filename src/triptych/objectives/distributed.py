@@ -50,7 +50,7 @@ def gather_rows(x_B: Tensor) -> Tensor:
         return x_B
     if x_B.dtype == torch.bool:
         return gather_rows(x_B.byte()).bool()
-    return _Gather.apply(x_B)  # type: ignore[no-untyped-call]
+    return _Gather.apply(x_B)
 
 
 def gather_encoded(encoded: Encoded) -> Encoded:
@@ -85,12 +85,18 @@ class StepNoise:
 
     Every process draws for all rows and keeps its own, so that two processes with half a batch each draw what one
     process with the whole batch draws; and a resumed run draws what an uninterrupted one does.
+
+    Args:
+        stream: numbers of different streams have nothing to do with each other.
     """
 
-    def __init__(self, seed: int, step: int) -> None:
-        self._generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    def __init__(self, seed: int, step: int, stream: int = 0) -> None:
+        self._generator = torch.Generator().manual_seed(((seed * 1_000_003 + step) * 8 + stream) % 2**63)
 
-    def uniform(self, rows: int, *shape: int, device: torch.device) -> Tensor:
-        """[rows, *shape] in [0, 1) for this process's rows."""
-        everything = torch.rand(rows * world_size(), *shape, generator=self._generator)
+    def uniform(self, rows: int, length: int, *shape: int, device: torch.device) -> Tensor:
+        """[rows, length, *shape] in [0, 1) for this process's rows; a greater length only adds numbers at the end.
+
+        Where processes draw different lengths, as for texts, it must be the only draw of its stream.
+        """
+        everything = torch.rand(length, *shape, rows * world_size(), generator=self._generator).movedim(-1, 0)
         return everything[rows * rank() : rows * (rank() + 1)].to(device, non_blocking=True)

@@ -16,7 +16,8 @@ class MomentumTeacher(nn.Module):
 
     Args:
         frozen: parts (module names) that keep their first values. The official code forgets the fusion encoder
-            (X-PLUG/mPLUG ``model_retrieval_mplug.py:168-177``); ``("fusion",)`` reproduces it.
+            (X-PLUG/mPLUG ``model_retrieval_mplug.py:168-177``), of which the MLM head is a part there;
+            ``("fusion", "masked_head")`` reproduces it.
         dropout: keep dropout on in the teacher, as the official code does.
     """
 
@@ -31,6 +32,9 @@ class MomentumTeacher(nn.Module):
         super().__init__()
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must be in [0, 1], not {momentum}")
+        names = {name for name, _ in model.named_modules()}
+        if unknown := set(frozen) - names:
+            raise ValueError(f"the model has no part called {', '.join(sorted(unknown))} to keep frozen in the teacher")
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.momentum = momentum
         self._frozen = tuple(frozen)

@@ -14,13 +14,14 @@ V vocabulary, X selected tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from triptych.data.batches import ImageTextBatch, PretrainingBatch, Tokens
-from triptych.models.protocol import Encoded, Fused, VisionLanguageModel
+from triptych.models.protocol import Encoded, Fused, Part, VisionLanguageModel
 from triptych.objectives.alignment import Alignment, AlignmentConfig
 from triptych.objectives.distributed import StepNoise, mean_over_all
 from triptych.objectives.masked_language import distillation, mask_tokens, sequence_distillation
@@ -60,6 +61,7 @@ class Pretraining(Alignment):
         mean, std, seed: as in :class:`Alignment`; masks, too, depend on (seed, step) alone.
     """
 
+    uses: ClassVar[tuple[Part, ...]] = (*Alignment.uses, "masked", "decoder")
     config: PretrainingConfig
 
     def __init__(
@@ -80,12 +82,11 @@ class Pretraining(Alignment):
     def forward(self, batch: ImageTextBatch, step: int) -> dict[str, Tensor]:
         """Losses by name, each already weighted; their sum is what is minimised."""
         model, teacher, config = self.model, self.teacher.model, self.config
-        noise = StepNoise(self.seed, step)
         assert isinstance(batch, PretrainingBatch)
         pixels_BCHW, alpha = self._begin(batch, step)
         B = len(batch)
         whole, masked, prefix = slice(0, B), slice(B, 2 * B), slice(2 * B, 3 * B)
-        masked_text, chosen_BL = self._mask(batch.text, noise)
+        masked_text, chosen_BL = self._mask(batch.text, StepNoise(self.seed, step, stream=1))
         texts = Tokens.stack([batch.text, masked_text, batch.prefix], self.text_ids.pad)
         image = model.encode_image(pixels_BCHW)
         text = model.encode_text(texts.ids_BL, texts.mask_BL)
@@ -95,7 +96,7 @@ class Pretraining(Alignment):
             text_m = teacher.encode_text(texts.ids_BL[rows_m], texts.mask_BL[rows_m])
 
         contrast = self._contrast(batch, image, text.rows(whole), image_m, text_m.rows(whole), alpha)
-        pairs = self._draw_pairs(image, text.rows(whole), contrast, noise)
+        pairs = self._draw_pairs(image, text.rows(whole), contrast, StepNoise(self.seed, step))
         own_B = pairs.image_rows[:B]
         fused = model.fuse(
             pairs.images,
@@ -121,12 +122,9 @@ class Pretraining(Alignment):
 
     def _mask(self, text: Tokens, noise: StepNoise) -> tuple[Tokens, Tensor]:
         """The text with masked tokens, and which were chosen."""
-        length = text.ids_BL.shape[1]
-        # Drawn for a fixed length, so that how far a batch is padded does not change the draw.
-        uniform = noise.uniform(len(text), max(length, 64), 3, device=text.ids_BL.device)
         ids_BL, chosen_BL = mask_tokens(
             text.ids_BL,
-            uniform[:, :length],
+            noise.uniform(*text.ids_BL.shape, 3, device=text.ids_BL.device),
             special=self.text_ids.special,
             mask_id=self.text_ids.mask,
             vocab_size=self.text_ids.vocab_size,

@@ -63,6 +63,10 @@ class Captioning(nn.Module):
         self.tokenizer = tokenizer
         self.preprocessing = preprocessing
         self.config = config or CaptioningConfig()
+        if self.config.context == "image":
+            model.train_only("image", "decoder")
+        else:
+            model.train_only("image", "text", "fusion", "decoder")
         self.special = SpecialIds(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
 
     def forward(self, batch: ImageTextBatch, step: int) -> dict[str, Tensor]:

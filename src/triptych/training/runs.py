@@ -169,7 +169,8 @@ def _build_model(
     if len(recipe.start) == 1 and (loaded := load_folder(recipe.start[0])).model_type == MPlug.model_type:
         if loaded.tokenizer is None:
             raise ValueError(f"{recipe.start[0]} has no tokenizer.json: convert it again with --vocab")
-        assert isinstance(loaded.model, VisionLanguageModel)
+        assert isinstance(loaded.model, MPlug)
+        loaded.model.resize_images(size)
         return loaded.model, loaded.tokenizer
     tokenizer = _tokenizer(recipe, source, folder, process)
     config = replace(

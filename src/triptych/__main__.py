@@ -1,0 +1,5 @@
+"""``python -m triptych``, for torchrun."""
+
+from triptych.cli import main
+
+main()

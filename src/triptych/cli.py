@@ -1,0 +1,396 @@
+"""The installed command: ``triptych pretrain | finetune | evaluate | score | predict | convert | verify | data``.
+
+Results that a program may want go to stdout as JSON; everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.conf import OmitSubcommandPrefixes, Positional, arg
+
+if TYPE_CHECKING:
+    from triptych.training.runs import Recipe
+
+# Imports of torch stand inside the commands: `--help` and `score` should not wait for it.
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What may be changed of a recipe. Without an option the recipe's value holds.
+
+    Attributes:
+        data: training data: tar shards, JSON or JSONL lists, Karpathy JSON; paths, globs, {0..9} braces, URLs.
+        evaluate_data: data to evaluate on while training and at the end.
+        folder: where the run is kept; the same command with the same folder resumes an interrupted run.
+        image_root: what the image paths of JSON lists are relative to.
+        start: checkpoint folder to start from, or folders of converted parts (CLIP, BERT).
+        vocabulary: vocab.txt or tokenizer.json; without one a vocabulary is trained on the captions.
+        steps: optimiser steps.
+        batch_size: samples a process and forward pass.
+        accumulate: forward passes an optimiser step.
+        workers: processes that read and decode.
+        lr: peak learning rate.
+        precision: fp32, bf16 (with fp32 master weights), or auto.
+        checkpoint_every: steps between checkpoints.
+        evaluate_every: steps between evaluations; 0 for one at the end.
+        seed: of everything random.
+    """
+
+    data: tuple[str, ...]
+    folder: Path
+    evaluate_data: tuple[str, ...] = ()
+    image_root: str | None = None
+    start: tuple[str, ...] = ()
+    vocabulary: str | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    accumulate: int | None = None
+    workers: int | None = None
+    lr: float | None = None
+    precision: Literal["auto", "fp32", "bf16"] | None = None
+    checkpoint_every: int | None = None
+    evaluate_every: int | None = None
+    seed: int | None = None
+
+    def apply(self, recipe: Recipe) -> Recipe:
+        """The recipe with these changes."""
+        given = {item.name: getattr(self, item.name) for item in fields(self)}
+        given = {name: value for name, value in given.items() if value not in (None, ())}
+
+        def changed(part: Any, **renamed: str) -> Any:
+            names = {item.name: renamed.get(item.name, item.name) for item in fields(part)}
+            return replace(
+                part, **{own: given[name] for own, name in names.items() if name in given and own != "folder"}
+            )
+
+        data = changed(recipe.data, train="data", evaluate="evaluate_data")
+        train, optim = changed(recipe.train), changed(recipe.optim)
+        if "steps" in given:  # a shorter run has a shorter warm-up
+            shrink = min(1.0, train.steps / recipe.train.steps)
+            optim = replace(optim, warmup_steps=int(optim.warmup_steps * shrink))
+        changes = {name: given[name] for name in ("start", "vocabulary") if name in given}
+        return replace(recipe, data=data, train=train, optim=optim, **changes)
+
+
+def pretrain(recipe: Positional[str], options: OmitSubcommandPrefixes[TrainingOptions]) -> None:
+    """Pre-train a model from a recipe. Under torchrun it uses every process.
+
+    Args:
+        recipe: mplug_base_4m, mplug_base_14m, mplug_large_14m, flickr8k, or shapes_tiny.
+        options: changes to the recipe.
+    """
+    from triptych import recipes
+
+    _train(options.apply(recipes.find(recipes.PRETRAINING, recipe)), options.folder)
+
+
+def finetune(
+    task: Positional[Literal["caption", "retrieval"]],
+    recipe: Positional[str],
+    options: OmitSubcommandPrefixes[TrainingOptions],
+) -> None:
+    """Fine-tune a checkpoint (--start) for a task.
+
+    Args:
+        task: what to train for.
+        recipe: coco_base, coco_large, flickr8k, or shapes_tiny.
+        options: changes to the recipe.
+    """
+    from triptych import recipes
+
+    _train(options.apply(recipes.find(recipes.FINETUNING[task], recipe)), options.folder)
+
+
+def _train(recipe: Recipe, folder: Path) -> None:
+    from triptych.training.parallel import process_group
+    from triptych.training.runs import run_recipe
+
+    with process_group() as process:
+        run = run_recipe(recipe, folder, process)
+        if process.leads:
+            _print_json(
+                {
+                    "folder": str(run.folder),
+                    "model": str(run.model_folder) if run.outcome.finished else None,
+                    "step": run.outcome.step,
+                    "finished": run.outcome.finished,
+                    "metrics": dict(run.outcome.metrics),
+                }
+            )
+
+
+def evaluate(
+    task: Positional[Literal["caption", "retrieval"]],
+    checkpoint: Path,
+    data: tuple[str, ...],
+    image_root: str | None = None,
+    splits: tuple[str, ...] | None = None,
+    limit: int = 0,
+    blank: bool = False,
+    predictions: Path | None = None,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+) -> None:
+    """Evaluate a checkpoint; scores go to stdout.
+
+    Args:
+        task: what to evaluate.
+        checkpoint: a checkpoint folder.
+        data: as for training.
+        image_root: what the image paths of JSON lists are relative to.
+        splits: of a Karpathy file.
+        limit: only so many pictures.
+        blank: show a grey picture instead of each, to see how much the pictures matter.
+        predictions: write the generated captions here (COCO result format).
+        precision: arithmetic.
+    """
+    from triptych.predict import Predictor
+
+    predictor = Predictor.load(checkpoint, precision=precision)
+    if task == "retrieval":
+        _print_json(predictor.evaluate_retrieval(data, image_root, splits, limit=limit, blank=blank))
+        return
+    report = predictor.evaluate_captions(data, image_root, splits, limit=limit, blank=blank)
+    if predictions is not None:
+        predictions.write_text(json.dumps(report.results(), indent=1) + "\n")
+        _say(f"wrote {len(report.predictions)} captions to {predictions}")
+    _print_json(report.scores)
+
+
+def score(
+    task: Positional[Literal["captions"]],
+    references: Path,
+    predictions: Path,
+    allow_missing: bool = False,
+    java: bool = False,
+) -> None:
+    """Score captions that any program wrote: BLEU, ROUGE-L and CIDEr, exactly as the field's scorer gives them.
+
+    Args:
+        task: what is scored.
+        references: COCO caption annotations.
+        predictions: COCO results: a list of {"image_id", "caption"}.
+        allow_missing: score only the pictures that have a prediction.
+        java: also METEOR and SPICE, which need the extra "java-metrics" and Java.
+    """
+    from triptych.metrics.captions import java_metrics, read_coco_references, read_coco_results, score_captions
+
+    expected, found = read_coco_references(references), read_coco_results(predictions)
+    scores = score_captions(expected, found, allow_missing=allow_missing)
+    if java:
+        scores |= java_metrics(expected, found)
+    else:
+        _say("METEOR and SPICE: not computed (--java computes them)")
+    _print_json(scores)
+
+
+def predict(
+    task: Positional[Literal["caption"]],
+    images: Positional[tuple[Path, ...]],
+    checkpoint: Path = Path("demo/run/model"),
+    beams: int | None = None,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+) -> None:
+    """Use a checkpoint on pictures: one JSON object a picture on stdout.
+
+    Args:
+        task: what to do.
+        images: picture files.
+        checkpoint: a checkpoint folder; by default the one that ``make demo`` leaves.
+        beams: width of the search; by default the checkpoint's.
+        precision: arithmetic.
+    """
+    from triptych.predict import Predictor
+
+    predictor = Predictor.load(checkpoint, precision=precision, beams=beams)
+    for path, caption in predictor.caption_files(images):
+        _print_json({"image": str(path), "caption": caption})
+
+
+def convert(
+    source: Positional[Path],
+    folder: Positional[Path],
+    from_: Annotated[Literal["mplug", "mplug-modelscope", "clip", "clip-hf", "bert-hf"], arg(name="from")],
+    vocab: Path | None = None,
+    image_size: int | None = None,
+    stride: int | None = None,
+    fusion_layers: int | None = None,
+    decoder_layers: int | None = None,
+    vision_heads: int | None = None,
+    text_heads: int | None = None,
+    keep_momentum: bool = False,
+    keep_queues: bool = False,
+    allow_missing: tuple[str, ...] = (),
+    allow_unexpected: tuple[str, ...] = (),
+) -> None:
+    """Convert a published checkpoint to ours; what became of every tensor is reported.
+
+    Args:
+        source: the published file, or the folder it is in.
+        folder: the checkpoint folder to write.
+        from_: whose layout it is.
+        vocab: vocab.txt or tokenizer.json, where there is none beside the source.
+        image_size: resize the position table to this resolution.
+        stride: mPLUG's S, which no tensor tells (base 3, large 6).
+        fusion_layers: how many of the allocated fusion layers the network runs, from the top (6).
+        decoder_layers: for files without a decoder.
+        vision_heads: attention heads, if not width / 64.
+        text_heads: attention heads, if not width / 64.
+        keep_momentum: keep the momentum copies, in ema.safetensors.
+        keep_queues: keep the contrastive queues.
+        allow_missing: globs of our names that may keep their initial values.
+        allow_unexpected: globs of official names that may be ignored.
+    """
+    from triptych.checkpoints.convert import convert as run
+    from triptych.checkpoints.options import Options
+
+    options = Options(
+        vocab=vocab,
+        image_size=image_size,
+        stride=stride,
+        fusion_layers=fusion_layers,
+        decoder_layers=decoder_layers,
+        vision_heads=vision_heads,
+        text_heads=text_heads,
+        keep_momentum=keep_momentum,
+        keep_queues=keep_queues,
+        allow_missing=allow_missing,
+        allow_unexpected=allow_unexpected,
+    )
+    report = run(source, folder, from_, options)
+    _say(str(report))
+    sys.stdout.write(report.to_json().rstrip() + "\n")
+
+
+def verify(folder: Positional[Path], tolerance: float = 1e-4) -> None:
+    """Run a folder of recorded outputs and compare; exits with 1 where something is over tolerance.
+
+    Args:
+        folder: config.json, official_layout.* and io.safetensors.
+        tolerance: largest absolute difference allowed; token ids must be equal.
+    """
+    from triptych.checkpoints.verify import checks_to_json, format_checks, passed
+    from triptych.checkpoints.verify import verify as run
+
+    checks = run(folder, tolerance)
+    _say(format_checks(checks, tolerance))
+    sys.stdout.write(checks_to_json(checks).rstrip() + "\n")
+    if not passed(checks):
+        sys.exit(1)
+
+
+def data_shapes(
+    folder: Positional[Path],
+    train: int = 20_000,
+    test: int = 500,
+    compositions: int = 500,
+    size: int = 64,
+    max_objects: int = 3,
+    format: Literal["png", "jpg"] = "png",
+    seed: int = 0,
+) -> None:
+    """Write the built-in world as tar shards: train, test and held-out compositions, and two-picture statements.
+
+    Args:
+        folder: where to write.
+        train: training scenes.
+        test: scenes whose set of objects never occurs in training.
+        compositions: scenes with a pair of colour and shape that never occurs in training.
+        size: pixels of a side.
+        max_objects: objects in a scene, 1 to this many.
+        format: of the pictures.
+        seed: of the world.
+    """
+    from triptych.data.shapes import ShapesConfig, Split, write_shards, write_statements
+
+    config = ShapesConfig(max_objects=max_objects)
+    counts = {Split.TRAIN: train, Split.TEST: test, Split.COMPOSITIONS: compositions}
+    written: dict[str, list[str]] = {}
+    for split, count in counts.items():
+        if count:
+            shards = write_shards(
+                folder, split, count, size=size, seed=seed, image_format=format, config=config, show_progress=True
+            )
+            statements = write_statements(folder, split, count // 2, seed=seed, config=config)
+            written[str(split)] = [str(path) for path in (*shards, statements)]
+    _print_json(written)
+
+
+def data_check(
+    data: Positional[tuple[str, ...]], image_root: str | None = None, splits: tuple[str, ...] | None = None
+) -> None:
+    """Read a whole data set: how many samples, what is broken, and a few of its texts.
+
+    Args:
+        data: as for training.
+        image_root: what the image paths of JSON lists are relative to.
+        splits: of a Karpathy file.
+    """
+    from triptych.data.check import check
+
+    _print_json(check(data, image_root, splits))
+
+
+def data(command: Positional[Literal["shapes", "check"]]) -> None:
+    """Make or check data: `triptych data shapes --help`, `triptych data check --help`."""
+    raise AssertionError(f"{command} is handled by main")
+
+
+COMMANDS: Mapping[str, Callable[..., None]] = {
+    "pretrain": pretrain,
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "score": score,
+    "predict": predict,
+    "convert": convert,
+    "verify": verify,
+    "data": data,
+}
+DATA_COMMANDS: Mapping[str, Callable[..., None]] = {"shapes": data_shapes, "check": data_check}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; a user's mistake ends with one line on stderr and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands, program = COMMANDS, "triptych"
+    if arguments[:1] == ["data"]:
+        arguments, commands, program = arguments[1:], DATA_COMMANDS, "triptych data"
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            dict(commands),
+            prog=program,
+            description="mPLUG, BridgeTower and EVE: pre-train, fine-tune, evaluate, and use.",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff, tyro.conf.HelptextFromCommentsOff),
+        )
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if _is_fault(error):
+            raise
+        _say(f"triptych: {error}")
+        sys.exit(2)
+
+
+def _is_fault(error: Exception) -> bool:
+    """RuntimeErrors are ours to explain only where we raised them; the rest are faults and show where."""
+    from triptych.training.loop import TrainingStopped
+
+    return isinstance(error, RuntimeError) and not isinstance(error, TrainingStopped)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _print_json(value: object) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
