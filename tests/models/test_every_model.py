@@ -230,6 +230,29 @@ def test_backward_reaches_every_parameter(model: VisionLanguageModel, inputs: In
     assert zero == []
 
 
+def test_parts_divide_the_parameters(model: VisionLanguageModel) -> None:
+    """Every parameter is in one part, and a part can be trained without the others."""
+    of_attribute = {name: part for part, names in model.parts.items() for name in names}
+    assert len(of_attribute) == sum(len(names) for names in model.parts.values())
+    assert set(of_attribute) <= {name for name, _ in model.named_children()} | {"temperature"}
+    owners = {name: of_attribute[name.partition(".")[0]] for name, _ in model.named_parameters()}
+    for part in model.parts:
+        model.train_only(part)
+        assert {owners[name] for name, p in model.named_parameters() if p.requires_grad} == {part}
+    model.train_only(*model.parts)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("case", FIRST.values(), ids=FIRST.keys(), indirect=True)
+def test_a_part_trained_alone_is_all_that_its_work_needs(model: VisionLanguageModel, inputs: Inputs) -> None:
+    """Otherwise a process would wait for gradients that never come."""
+    model.train_only("image", "text", "fusion", "embedding", "matching")
+    image, text = model.encode_image(inputs.pixels_BCHW), model.encode_text(inputs.ids_BL, inputs.mask_BL)
+    scale = (model.embed_image(image) @ model.embed_text(text).T / model.temperature).logsumexp(1)
+    loss = scale.sum() + model.match_logits(model.fuse(image, text)).square().sum()
+    assert set(gradients(model, loss)) == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
 def test_both_sides_matter_after_fusion(model: VisionLanguageModel, inputs: Inputs) -> None:
     image, text = model.encode_image(inputs.pixels_BCHW), model.encode_text(inputs.ids_BL, inputs.mask_BL)
     pooled_BP = model.fuse(image, text).pooled_BP
@@ -274,13 +297,17 @@ def test_bf16_is_finite_and_near_fp32(how: str, model: VisionLanguageModel, inpu
         assert (value.float() - wanted).norm() < 0.05 * wanted.norm()
 
 
-def test_bf16_backward(model: VisionLanguageModel, inputs: Inputs) -> None:
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_bf16_backward(how: str, model: VisionLanguageModel, inputs: Inputs) -> None:
     expected = gradients(model, run(model, inputs).scalar())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    if how == "weights":
+        model.to(torch.bfloat16)
+        inputs = dataclasses.replace(inputs, pixels_BCHW=inputs.pixels_BCHW.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
         loss = run(model, inputs).scalar()
     found = gradients(model, loss)
     assert found.keys() == expected.keys()
-    total = torch.cat([grad.flatten() for grad in found.values()])
+    total = torch.cat([grad.float().flatten() for grad in found.values()])
     wanted = torch.cat([grad.flatten() for grad in expected.values()])
     assert total.isfinite().all()
     assert (total - wanted).norm() < 0.1 * wanted.norm()

@@ -94,7 +94,7 @@ def test_a_mask_can_be_of_any_shape_that_broadcasts() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_row_without_real_tokens_is_harmless(causal: bool) -> None:
-    """Values and gradients are finite, and the same for both ways of computing."""
+    """Values and gradients are finite, and those of the other rows the same for both ways of computing."""
     attention = Attention(D, H)
     found = []
     for explicit in (False, True):
@@ -105,7 +105,8 @@ def test_a_row_without_real_tokens_is_harmless(causal: bool) -> None:
         out_BLD = attention(x_BLD, mask=mask_BL, causal=causal)
         (grad_BLD,) = torch.autograd.grad(out_BLD.square().sum(), x_BLD)
         assert out_BLD.isfinite().all()
-        found.append((out_BLD, grad_BLD))
+        assert grad_BLD.isfinite().all()
+        found.append((out_BLD[:2], grad_BLD[:2]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 

@@ -304,6 +304,23 @@ def test_interpolated_table_in_the_model_equals_running_with_that_table() -> Non
     torch.testing.assert_close(vision(pixels_BCHW), other(pixels_BCHW))
 
 
+def test_resizing_once_equals_interpolating_every_time() -> None:
+    model = stir(MPlug(config()))
+    assert isinstance(model, MPlug)
+    pixels_BCHW = torch.randn(B, 3, 48, 48)
+    expected_BND = model.encode_image(pixels_BCHW).hidden_BLD
+    model.resize_images(48)
+    assert model.config.vision.image_size == model.vision.config.image_size == 48
+    assert model.vision.position_embedding.shape == (37, D)
+    assert model.vision.position_embedding.requires_grad
+    torch.testing.assert_close(model.encode_image(pixels_BCHW).hidden_BLD, expected_BND)
+    other = MPlug(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other.encode_image(pixels_BCHW).hidden_BLD, expected_BND)
+    with pytest.raises(ValueError, match="image_size 50 is not a multiple of patch 8"):
+        model.resize_images(50)
+
+
 def test_position_table_starts_from_clips_distribution_not_from_zero() -> None:
     """The released code starts pre-training from a table of zeros (spec 1.3)."""
     table_ND = VisionTransformer(dataclasses.replace(VISION, image_size=128)).position_embedding

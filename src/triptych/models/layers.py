@@ -170,7 +170,8 @@ class Attention(nn.Module):
         if causal:
             mask = _causal_mask(query_BHLK.shape[2], keys_BHMK.shape[2], query_BHLK.device)
         if mask is not None:
-            scores_BHLM = scores_BHLM.masked_fill(~mask, float("-inf"))
+            # Not -inf: a query that may see nothing, as in a text without tokens, would become NaN.
+            scores_BHLM = scores_BHLM.masked_fill(~mask, torch.finfo(scores_BHLM.dtype).min)
         probabilities_BHLM = scores_BHLM.softmax(-1)
         if self.explicit:
             self.probabilities_BHLM = probabilities_BHLM
