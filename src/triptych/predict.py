@@ -65,13 +65,14 @@ class Predictor:
 
     def caption_files(self, paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
         """Captions of picture files, a batch at a time."""
-        task = self._captioner()
+        task = self.captioner()
         transform = self.preprocessing.test_transform()
         for some in _groups(paths):
             pictures = [decode_image(Record(str(path), str(path), (), str(path))) for path in some]
             pixels_BCHW = torch.stack([transform(picture) for picture in pictures]).to(self.device)
             with autocast(self.device, self.precision):
-                yield from zip(some, task.caption(pixels_BCHW), strict=True)
+                captions = task.caption(pixels_BCHW)
+            yield from zip(some, captions, strict=True)
 
     def evaluate_captions(
         self,
@@ -86,7 +87,7 @@ class Predictor:
         source = open_source(tuple(data), image_root=image_root, splits=splits)
         pictures = read_pictures(source, self.preprocessing, _BATCH, limit)
         with autocast(self.device, self.precision):
-            return evaluate_captions(self._captioner(), pictures, blank=blank)
+            return evaluate_captions(self.captioner(), pictures, blank=blank)
 
     def evaluate_retrieval(
         self,
@@ -106,7 +107,8 @@ class Predictor:
             )
             return evaluate_retrieval(self.model, collection, self.retrieval).scores
 
-    def _captioner(self) -> Captioning:
+    def captioner(self) -> Captioning:
+        """The model as a captioner of pixels, set up as the checkpoint says."""
         return Captioning(self.model, self.tokenizer, self.preprocessing, self.captioning).eval()
 
 

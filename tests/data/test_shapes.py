@@ -680,6 +680,32 @@ def test_a_broken_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert shard.read_bytes() == before
 
 
+def test_shards_of_distinct_scenes(tmp_path: Path) -> None:
+    config = ShapesConfig(max_objects=1)
+    shards = shapes.write_shards(tmp_path, Split.TEST, 40, shard_size=15, seed=2, config=config, distinct=True)
+    names: list[str] = []
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            names += [member.name for member in tar if member.name.endswith(".png")]
+    expected = shapes.distinct_scenes(Split.TEST, 40, seed=2, config=config)
+    assert names == [f"{scene.index:09d}.png" for scene in expected]
+    assert expected[-1].index > 39  # or there would be nothing to leave out
+
+
+def test_kept_shards_are_not_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = shapes.write_shards(tmp_path, Split.TRAIN, 6, shard_size=2)
+    contents = [shard.read_bytes() for shard in shards]
+    shards[0].write_bytes(b"kept")
+    shards[1].unlink()
+    assert shapes.write_shards(tmp_path, Split.TRAIN, 6, shard_size=2, keep=True, show_progress=True) == shards
+    assert [shard.read_bytes() for shard in shards] == [b"kept", *contents[1:]]
+    assert "2/2" in capsys.readouterr().err
+    shapes.write_shards(tmp_path, Split.TRAIN, 6, shard_size=2, keep=True, show_progress=True)
+    assert capsys.readouterr().err == ""
+    shapes.write_shards(tmp_path, Split.TRAIN, 6, shard_size=2)
+    assert shards[0].read_bytes() == contents[0]
+
+
 def test_progress_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shapes.write_shards(tmp_path, Split.TRAIN, 3, show_progress=True)
     out, err = capsys.readouterr()

@@ -230,6 +230,30 @@ def test_backward_reaches_every_parameter(model: VisionLanguageModel, inputs: In
     assert zero == []
 
 
+def test_every_head_teaches_the_encoders(model: VisionLanguageModel, inputs: Inputs) -> None:
+    """Fused heads both of them, embeddings each its own."""
+    image, text = model.encode_image(inputs.pixels_BCHW), model.encode_text(inputs.ids_BL, inputs.mask_BL)
+    fused = model.fuse(image, text)
+    heads = {
+        "image": (model.embed_image(image), {"image"}),
+        "text": (model.embed_text(text), {"text"}),
+        "match": (model.match_logits(fused), {"image", "text"}),
+        "masked": (model.masked_logits(fused.text_BLD), {"image", "text"}),
+    }
+    if model.decoder is not None:
+        decoded_BLV = model.decoder.logits(model.decoder(inputs.ids_BL, fused.states(), inputs.mask_BL))
+        heads["decoder"] = (decoded_BLV, {"image", "text"})
+    for name, (out, expected) in heads.items():
+        grads = torch.autograd.grad(
+            (out * torch.randn_like(out)).sum(),
+            [image.hidden_BLD, text.hidden_BLD],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        reached = {side for side, grad in zip(("image", "text"), grads, strict=True) if grad is not None and grad.any()}
+        assert reached == expected, name
+
+
 def test_parts_divide_the_parameters(model: VisionLanguageModel) -> None:
     """Every parameter is in one part, and a part can be trained without the others."""
     of_attribute = {name: part for part, names in model.parts.items() for name in names}

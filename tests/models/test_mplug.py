@@ -304,6 +304,17 @@ def test_interpolated_table_in_the_model_equals_running_with_that_table() -> Non
     torch.testing.assert_close(vision(pixels_BCHW), other(pixels_BCHW))
 
 
+def test_oblong_images_get_the_positions_of_their_own_grid() -> None:
+    vision = stir(VisionTransformer(VISION))
+    pixels_BCHW = torch.randn(B, 3, 16, 48)
+    patches_BND = vision.patch_embedding(pixels_BCHW).flatten(2).transpose(1, 2)
+    x_BND = torch.cat([vision.class_embedding.expand(B, 1, D), patches_BND], dim=1)
+    x_BND = vision.pre_norm(x_BND + interpolate_by_hand(vision.position_embedding, (2, 6)))
+    for block in vision.blocks:
+        x_BND = block(x_BND)
+    torch.testing.assert_close(vision(pixels_BCHW), vision.post_norm(x_BND), rtol=1e-4, atol=1e-5)
+
+
 def test_resizing_once_equals_interpolating_every_time() -> None:
     model = stir(MPlug(config()))
     assert isinstance(model, MPlug)

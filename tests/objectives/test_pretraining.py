@@ -367,6 +367,16 @@ def test_padding_and_the_other_rows_lengths_change_nothing(make_model: MakeModel
         torch.testing.assert_close(loss, expected[name], rtol=1e-5, atol=1e-5)
 
 
+def test_padding_is_never_masked(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    """Not even where the tokenizer does not call it special."""
+    config = dataclasses.replace(CONFIG, mlm_probability=1.0)
+    task = Pretraining(make_model(), config, dataclasses.replace(IDS, special=(1,)), mean=MEAN, std=STD)
+    text = make_batch(5).text
+    _, chosen_BL = task._mask(text, StepNoise(0, 0))
+    assert torch.equal(chosen_BL, text.mask_BL & (text.ids_BL != 1))
+    assert not text.mask_BL.all()
+
+
 def test_a_batch_of_one(make_model: MakeModel, make_batch: MakeBatch) -> None:
     """No negatives: ITM is the positive pair alone, and every parameter still has a gradient."""
     task, batch = pretraining(make_model()), make_batch(1)

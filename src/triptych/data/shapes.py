@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import io
 import itertools
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -31,9 +30,6 @@ from typing import IO, Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
-from rich.text import Text
 
 from triptych.data.shapes_language import (
     DIRECTIONS,
@@ -74,6 +70,7 @@ from triptych.data.shapes_render import (
     render,
     render_background,
 )
+from triptych.progress import progress
 
 __all__ = [
     "COLOURS",
@@ -380,13 +377,15 @@ def write_shards(
     image_format: ImageFormat = "png",
     start: int = 0,
     config: ShapesConfig | None = None,
+    distinct: bool = False,
+    keep: bool = False,
     show_progress: bool = False,
 ) -> list[Path]:
     """Write scenes `start` to `start + count - 1` of `split` as WebDataset tars, as img2dataset does.
 
     Shard `train-00002.tar` holds scenes `2 * shard_size` and on. Scene 7 is `000000007.png` (or .jpg),
     `.json` (see `ground_truth`) and `.txt` (the first caption). The bytes depend on the arguments and the
-    Pillow version alone. A shard appears under its name only when complete; one already there is replaced.
+    Pillow version alone. A shard appears under its name only when complete.
 
     Args:
         folder: where to write; made if missing.
@@ -398,32 +397,39 @@ def write_shards(
         image_format: "png" (exact) or "jpg" (quality 95, full chroma).
         start: the first scene, a multiple of `shard_size`.
         config: how many objects a scene; by default 1 to 3.
+        distinct: leave out scenes whose first caption an earlier one has, and go on until there are `count`
+            (see `distinct_scenes`): for retrieval with one right answer.
+        keep: leave the shards that are already there as they are, so that an interrupted writing goes on;
+            they must be of the same arguments. By default they are replaced.
         show_progress: show a progress bar with rate and remaining time on stderr.
 
     Returns:
         The shards in order.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or there are not so many distinct scenes.
     """
     _check_counts(count, shard_size, start)
     if image_format not in ("png", "jpg"):
         raise ValueError(f"image_format must be 'png' or 'jpg', not {image_format!r}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shards = []
-    with _progress(f"shapes {split}", count, show_progress) as advance:
-        for first in range(start, start + count, shard_size):
-            shard = folder / f"{split}-{first // shard_size:05d}.tar"
-            indices = range(first, min(first + shard_size, start + count))
+    chosen = distinct_scenes(split, count, seed=seed, start=start, config=config) if distinct else None
+    parts = {
+        folder / f"{split}-{first // shard_size:05d}.tar": range(first, min(first + shard_size, start + count))
+        for first in range(start, start + count, shard_size)
+    }
+    missing = {shard: indices for shard, indices in parts.items() if not (keep and shard.exists())}
+    total = sum(map(len, missing.values()))
+    with progress(f"shapes {split}", total, shown=show_progress and total > 0) as advance:
+        for shard, indices in missing.items():
             with _replacing(shard) as file, tarfile.TarFile(fileobj=file, mode="w", format=USTAR) as tar:
                 for index in indices:
-                    scene = generate_scene(seed, index, split, config)
+                    scene = chosen[index - start] if chosen else generate_scene(seed, index, split, config)
                     for ending, data in _sample_files(scene, size, image_format):
-                        _add(tar, f"{index:09d}.{ending}", data)
+                        _add(tar, f"{scene.index:09d}.{ending}", data)
                     advance()
-            shards.append(shard)
-    return shards
+    return list(parts)
 
 
 def write_statements(
@@ -493,19 +499,3 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.finished_speed or task.speed or 0:.0f} images/s")
-
-
-@contextlib.contextmanager
-def _progress(label: str, total: int, shown: bool) -> Iterator[Callable[[], None]]:
-    """A function to call once a scene."""
-    if not shown:
-        yield lambda: None
-        return
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield functools.partial(bar.advance, bar.add_task(label, total=total))

@@ -21,7 +21,7 @@ from triptych.data.tokenizers import Tokenizer
 from triptych.data.transforms import Preprocessing
 from triptych.generation import BeamSearch, Hypothesis, Sampling, SpecialIds, generate
 from triptych.metrics.captions import score_captions
-from triptych.models.protocol import Encoded, VisionLanguageModel
+from triptych.models.protocol import Encoded, Part, VisionLanguageModel
 from triptych.objectives.distributed import mean_over_all
 
 
@@ -42,11 +42,16 @@ class CaptioningConfig:
     search: BeamSearch | Sampling = field(default_factory=lambda: BeamSearch(5, 8, 25))
     label_smoothing: float = 0.0
 
+    @property
+    def start(self) -> str:
+        """What the decoder's text begins with. A fused context holds the prompt already, as PrefixLM's its prefix."""
+        return self.prompt if self.context == "image" else ""
+
 
 class Captioning(nn.Module):
     """A model that captions pictures; call it with a batch for its loss, or :meth:`caption` pixels.
 
-    Batches carry ``[CLS] prompt caption [SEP]`` in ``text``.
+    Batches carry ``[CLS] start caption [SEP]`` in ``text`` (see :attr:`CaptioningConfig.start`).
     """
 
     def __init__(
@@ -63,11 +68,12 @@ class Captioning(nn.Module):
         self.tokenizer = tokenizer
         self.preprocessing = preprocessing
         self.config = config or CaptioningConfig()
-        if self.config.context == "image":
-            model.train_only("image", "decoder")
-        else:
-            model.train_only("image", "text", "fusion", "decoder")
         self.special = SpecialIds(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+
+    @property
+    def uses(self) -> tuple[Part, ...]:
+        """The parts of the model that run: training freezes the others, which would never get a gradient."""
+        return ("image", "decoder") if self.config.context == "image" else ("image", "text", "fusion", "decoder")
 
     def forward(self, batch: ImageTextBatch, step: int) -> dict[str, Tensor]:
         """Mean cross-entropy of the caption tokens."""
@@ -89,24 +95,25 @@ class Captioning(nn.Module):
         assert self.model.decoder is not None
         with torch.inference_mode():
             memory = self._memory(self.preprocessing.normalize(pixels_BCHW))
-        prompt_BL = self._prompt(len(pixels_BCHW), pixels_BCHW.device)
-        return generate(self.model.decoder, memory, self.config.search, self.special, prompt_BL=prompt_BL)
+        start_BL = self._ids(self.config.start, pixels_BCHW)
+        return generate(self.model.decoder, memory, self.config.search, self.special, prompt_BL=start_BL)
 
     def caption(self, pixels_BCHW: Tensor) -> list[str]:
         """One caption for each picture of uint8 pixels, without the prompt."""
-        skip = self._prompt(1, pixels_BCHW.device).shape[1]
+        skip = self._ids(self.config.start, pixels_BCHW).shape[1]
         return [self.tokenizer.decode(found[0].ids[skip:]) for found in self.hypotheses(pixels_BCHW)]
 
     def _memory(self, pixels_BCHW: Tensor) -> Encoded:
         image = self.model.encode_image(pixels_BCHW)
         if self.config.context == "image":
             return image
-        prompt_BL = self._prompt(len(pixels_BCHW), pixels_BCHW.device)
+        prompt_BL = self._ids(self.config.prompt, pixels_BCHW)
         return self.model.fuse(image, self.model.encode_text(prompt_BL)).states()
 
-    def _prompt(self, rows: int, device: torch.device) -> Tensor:
-        ids_1L, _ = self.tokenizer.encode_batch([self.config.prompt], max_length=None, end=False)
-        return ids_1L.to(device).expand(rows, -1)
+    def _ids(self, text: str, pixels_BCHW: Tensor) -> Tensor:
+        """``[CLS] text`` for each picture."""
+        ids_1L, _ = self.tokenizer.encode_batch([text], max_length=None, end=False)
+        return ids_1L.to(pixels_BCHW.device).expand(len(pixels_BCHW), -1)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Shape legend: I images, T texts, N image tokens, L text tokens, D width, E embed
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,8 +107,16 @@ def encode_collection(
 
 
 @torch.inference_mode()
-def evaluate_retrieval(model: VisionLanguageModel, collection: Collection, config: RetrievalConfig) -> RetrievalReport:
-    """Recalls both ways: the top K by embeddings, ordered by the matching head."""
+def evaluate_retrieval(
+    model: VisionLanguageModel,
+    collection: Collection,
+    config: RetrievalConfig,
+    matched: Callable[[int], object] = lambda pairs: None,
+) -> RetrievalReport:
+    """Recalls both ways: the top K by embeddings, ordered by the matching head.
+
+    ``matched`` is told of pairs as they are matched, of :func:`pairs_to_match` in all.
+    """
     similarity_TI = collection.text_TE @ collection.image_IE.T
     images, texts = _Chunks(collection.images), _Chunks(collection.texts)
     k_images = min(config.candidates or 10, len(collection.records))
@@ -118,20 +126,29 @@ def evaluate_retrieval(model: VisionLanguageModel, collection: Collection, confi
     if config.candidates:
         pairs_T = torch.arange(len(images_TK))[:, None].expand_as(images_TK)
         pairs_I = torch.arange(len(texts_IK))[:, None].expand_as(texts_IK)
-        matched_TK = _match(model, images, texts, images_TK, pairs_T, config)
-        matched_IK = _match(model, images, texts, pairs_I, texts_IK, config)
+        matched_TK = _match(model, images, texts, images_TK, pairs_T, config, matched)
+        matched_IK = _match(model, images, texts, pairs_I, texts_IK, config, matched)
         weight = float(config.add_similarity)
         image_scores_TK = matched_TK + weight * image_scores_TK
         text_scores_IK = matched_IK + weight * text_scores_IK
     owners_T = collection.image_of_text_T
     texts_of = [np.flatnonzero(owners_T == index).tolist() for index in range(len(collection.records))]
+    asked = [index for index, texts_of_image in enumerate(texts_of) if texts_of_image]  # others only distract
     text_ranks = candidate_ranks(images_TK.numpy(), image_scores_TK.numpy(), [[owner] for owner in owners_T])
-    image_ranks = candidate_ranks(texts_IK.numpy(), text_scores_IK.numpy(), texts_of)
+    image_ranks = candidate_ranks(
+        texts_IK[asked].numpy(), text_scores_IK[asked].numpy(), [texts_of[index] for index in asked]
+    )
     return RetrievalReport(
         recall_summary(text_ranks, image_ranks),
         _best_first(images_TK, image_scores_TK),
         _best_first(texts_IK, text_scores_IK),
     )
+
+
+def pairs_to_match(collection: Collection, config: RetrievalConfig) -> int:
+    """How many pairs of a picture and a text the matching head judges for the recalls of a collection."""
+    images, texts = len(collection.records), len(collection.text)
+    return texts * min(config.candidates, images) + images * min(config.candidates, texts)
 
 
 class _Chunks:
@@ -157,6 +174,7 @@ def _match(
     image_XK: Tensor,
     text_XK: Tensor,
     config: RetrievalConfig,
+    matched: Callable[[int], object],
 ) -> Tensor:
     """Matching logits of all pairs, a few at a time; an image or text that several pairs share is moved once."""
     device = next(model.parameters()).device
@@ -170,6 +188,7 @@ def _match(
         text = texts.rows(used_texts).to(device).rows(text_rows.to(device))
         fused = model.fuse(image, text, image_rows.to(device))
         scores[part] = model.match_logits(fused)[:, 1].float().cpu()
+        matched(len(image_rows))
     return scores.view(image_XK.shape)
 
 

@@ -79,13 +79,16 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint(path: Path, process: Process) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What all processes share, and what this one has of its own."""
-    own = path / f"rank-{process.rank}.pt"
-    if not own.exists():
-        saved = len(list(path.glob("rank-*.pt")))
+    """What all processes share, and what this one has of its own.
+
+    Raises:
+        ValueError: another number of processes wrote it.
+    """
+    saved = len(list(path.glob("rank-*.pt")))
+    if saved != process.world:
         raise ValueError(f"{path} was written by {saved} processes and cannot be resumed by {process.world}")
     shared = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-    return shared, torch.load(own, map_location="cpu", weights_only=True)
+    return shared, torch.load(path / f"rank-{process.rank}.pt", map_location="cpu", weights_only=True)
 
 
 def _complete(folder: Path) -> list[Path]:

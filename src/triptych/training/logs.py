@@ -19,7 +19,7 @@ class RunLog:
     """Writes records to ``log.jsonl`` and TensorBoard, and one line of progress to stderr.
 
     Args:
-        resume_step: records after this step (of an interrupted run) are dropped: they will be written again.
+        resume_step: records after the checkpoint of this step are dropped: they will be written again.
         quiet: write nothing, for processes that do not lead.
     """
 
@@ -29,7 +29,7 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / LOG_NAME
-        kept = [json.dumps(record) + "\n" for record in read_log(folder) if record["step"] <= resume_step]
+        kept = [json.dumps(record) + "\n" for record in read_log(folder) if _precedes(record, resume_step)]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         temporary.replace(self._path)
@@ -42,7 +42,7 @@ class RunLog:
             return
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
+        for name, value in {**record, **record.get("losses", {}), **record.get("metrics", {})}.items():
             if isinstance(value, int | float) and name != "step":
                 self._board.add_scalar(name, value, record["step"])
 
@@ -60,6 +60,11 @@ class RunLog:
         """Flush what TensorBoard still holds."""
         if not self._quiet:
             self._board.close()
+
+
+def _precedes(record: Mapping[str, Any], checkpoint_step: int) -> bool:
+    """Whether a record was written before the checkpoint of a step; evaluations of that step follow it."""
+    return bool(record["step"] < checkpoint_step or (record["step"] == checkpoint_step and "metrics" not in record))
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -55,6 +55,16 @@ class TrainConfig:
     steps_per_epoch: int = 0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("workers", "evaluate_every", "steps_per_epoch"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in [0, 1), not {self.ema}")
+
 
 class BatchLoader(Protocol):
     """What the loop needs of a loader (see :class:`triptych.data.loader.Loader`)."""
@@ -145,6 +155,7 @@ class Trainer:
         steps_per_epoch = config.steps_per_epoch or config.steps
         peak = peak_flops(self.process.device, self._arithmetic())
         batches = iter(self.loader)
+        self._maybe_evaluate(log)  # a resumed run: evaluations follow their checkpoint, so this one may be missing
         clock.restart()
         while self.step < config.steps:
             rate = set_learning_rate(self.optimizer, self.optim, self.step, config.steps, steps_per_epoch)
@@ -169,12 +180,12 @@ class Trainer:
             log.write(record)
             stop = self._agree(terminated())
             due = self.step % config.checkpoint_every == 0 or self.step == config.steps
-            evaluated = self._maybe_evaluate(log, stop)
             if due or stop:
                 self._save()
             if stop:
                 log.say(f"stopped by a signal at step {self.step}; the same command goes on from there")
                 return Outcome(self.step, False, self.metrics)
+            evaluated = self._maybe_evaluate(log)
             if due or evaluated:
                 clock.restart()
         return Outcome(self.step, True, self.metrics)
@@ -213,10 +224,10 @@ class Trainer:
                 f"the last checkpoint in {self.folder / 'checkpoints'} is good; try a lower learning rate or fp32"
             )
 
-    def _maybe_evaluate(self, log: RunLog, stop: bool) -> bool:
+    def _maybe_evaluate(self, log: RunLog) -> bool:
         every = self.config.evaluate_every
-        due = self.step == self.config.steps or (every > 0 and self.step % every == 0)
-        if self._evaluate is None or not due or stop:
+        due = self.step == self.config.steps or (every > 0 and self.step > 0 and self.step % every == 0)
+        if self._evaluate is None or not due:
             return False
         if self.process.leads:
             self.model.eval()
@@ -276,11 +287,11 @@ class Trainer:
         state, own = load_checkpoint(path, self.process)
         try:
             self.task.load_state_dict(state["task"])
-        except RuntimeError as error:
-            raise ValueError(f"{path} is of another model than this recipe's; use another folder. ({error})") from error
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"] or {})
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} does not fit this model, optimiser or average; use another folder") from error
         self.step, self.best, self.metrics = state["step"], state["best"], state["metrics"]
         self.flops_per_step = state["flops_per_step"]
         self.loader.load_state_dict(own["loader"])

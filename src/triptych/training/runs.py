@@ -27,6 +27,7 @@ from triptych.objectives.prefix_language import split_prefix
 from triptych.objectives.pretraining import Pretraining, PretrainingConfig, TextIds
 from triptych.tasks.captioning import Captioning, CaptioningConfig, CaptionReport, evaluate_captions
 from triptych.tasks.retrieval import RetrievalConfig, RetrievalReport, encode_collection, evaluate_retrieval
+from triptych.training.checkpoint import newest_checkpoint
 from triptych.training.loop import Outcome, TrainConfig, Trainer
 from triptych.training.optim import OptimConfig
 from triptych.training.parallel import Process, autocast
@@ -111,6 +112,8 @@ def run_recipe(recipe: Recipe, folder: Path, process: Process | None = None) -> 
     The folder gets ``recipe.json``, ``log.jsonl``, ``tensorboard/``, ``checkpoints/`` and, at the end, ``model/``.
     """
     process = process or Process()
+    if process.leads:
+        _claim(folder, recipe)
     source = recipe.data.source()
     model, tokenizer = _build_model(recipe, source, folder, process)
     task = _build_task(recipe, model, tokenizer)
@@ -125,10 +128,6 @@ def run_recipe(recipe: Recipe, folder: Path, process: Process | None = None) -> 
         world=process.world,
         per_caption=recipe.data.per_caption,
     )
-    if process.leads:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
-
     def evaluate(candidate: nn.Module, step: int) -> Mapping[str, float]:
         assert isinstance(candidate, VisionLanguageModel)
         return evaluate_model(recipe, candidate, tokenizer, limit=recipe.data.evaluate_limit)[0]
@@ -153,6 +152,39 @@ def run_recipe(recipe: Recipe, folder: Path, process: Process | None = None) -> 
     if outcome.finished and process.leads:
         save(trainer.model, "model")
     return Run(folder, folder / "model", outcome)
+
+
+_DECIDED = ("name", "objective", "model", "optim")
+"""What cannot change in the middle of a run; how long it goes, from where it reads and how often it saves can."""
+
+
+def _claim(folder: Path, recipe: Recipe) -> None:
+    """Write ``recipe.json``.
+
+    Raises:
+        ValueError: the folder has a run of another recipe.
+    """
+    path, wanted = folder / "recipe.json", json.loads(json.dumps(asdict(recipe)))
+    if path.exists() and newest_checkpoint(folder / "checkpoints"):
+        begun = json.loads(path.read_text())
+        where = next((name for name in _DECIDED if begun[name] != wanted[name]), None)
+        if where is not None:
+            raise ValueError(
+                f"{folder} has a run of another recipe ({where}: {_difference(begun[where], wanted[where])}): "
+                "give the command it was begun with, or another folder"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(wanted, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def _difference(begun: Any, wanted: Any) -> str:
+    """The first value that differs, with the way to it."""
+    if isinstance(begun, dict) and isinstance(wanted, dict):
+        name = next(name for name in (*wanted, *begun) if begun.get(name) != wanted.get(name))
+        return f"{name}: {_difference(begun.get(name), wanted.get(name))}"
+    return f"it was {begun!r} and is {wanted!r}"
 
 
 def task_description(recipe: Recipe) -> dict[str, Any]:
@@ -211,7 +243,9 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
 def _build_task(recipe: Recipe, model: VisionLanguageModel, tokenizer: Tokenizer) -> nn.Module:
     pixels, objective, seed = recipe.data.preprocessing, recipe.objective, recipe.train.seed
     if isinstance(objective, CaptioningConfig):
-        return Captioning(model, tokenizer, pixels, objective)
+        task = Captioning(model, tokenizer, pixels, objective)
+        model.train_only(*task.uses)  # not by the task itself, which also evaluates models that are being trained
+        return task
     if isinstance(objective, PretrainingConfig):
         ids = TextIds(tokenizer.pad_id, tokenizer.mask_id, tokenizer.special_ids, tokenizer.vocab_size)
         return Pretraining(model, objective, ids, mean=pixels.mean, std=pixels.std, seed=seed)
@@ -225,7 +259,7 @@ def _pipeline(recipe: Recipe, tokenizer: Tokenizer) -> ImageTextPipeline:
         return PretrainingPipeline(tokenizer, transform, data.max_words, data.max_tokens, split=split_prefix)
     plain = ImageTextPipeline(tokenizer, transform, data.max_words, data.max_tokens)
     if isinstance(objective, CaptioningConfig):
-        return replace(plain, end=True, prompt=objective.prompt)
+        return replace(plain, end=True, prompt=objective.start)
     return plain
 
 
@@ -238,7 +272,8 @@ def read_pictures(source: Source, preprocessing: Preprocessing, batch_size: int 
     batches = read_once(source, _Show(transform), _as_batch, batch_size=min(batch_size, limit) if limit else batch_size)
     seen = 0
     for records, pixels_BCHW in batches:
-        yield records, pixels_BCHW
+        left = limit - seen if limit else len(records)
+        yield records[:left], pixels_BCHW[:left]
         seen += len(records)
         if limit and seen >= limit:
             return
