@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from triptych import demo
+from triptych import demo, shapes_demo
 from triptych.data import shapes
 from triptych.data.samples import Record
 from triptych.data.shapes import Split
@@ -17,7 +17,7 @@ from triptych.data.sources import open_source
 from triptych.predict import Predictor
 from triptych.training.logs import read_log
 
-TINY = demo.DemoConfig(train=64, test=6, compositions=6, steps=2, quick=True)
+TINY = shapes_demo.DemoConfig(train=64, test=6, compositions=6, steps=2, quick=True)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder in which the tiny demo was run once."""
     folder = tmp_path_factory.mktemp("demo") / "demo"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "QUICK", TINY)
+        patch.setattr(shapes_demo, "QUICK", TINY)
         assert demo.main(["--folder", str(folder), "--quick"]) == 0
         yield folder
 
@@ -111,7 +111,7 @@ def test_a_folder_of_another_size_is_refused(finished: Path, capsys: pytest.Capt
 def test_an_interrupted_world_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = demo.write_world(tmp_path / "whole", TINY)
+    whole = shapes_demo.write_world(tmp_path / "whole", TINY)
     render, calls = shapes.render, 0
 
     def interrupted(scene: shapes.Scene, size: int = 64) -> object:
@@ -122,14 +122,14 @@ def test_an_interrupted_world_goes_on(
         return render(scene, size)
 
     monkeypatch.setattr(shapes, "render", interrupted)
-    monkeypatch.setattr(demo, "QUICK", TINY)
+    monkeypatch.setattr(shapes_demo, "QUICK", TINY)
     assert demo.main(["--folder", str(tmp_path / "demo"), "--quick"]) == 130
     assert "the same command goes on" in capsys.readouterr().err
     data = tmp_path / "demo" / "data"
     assert [path.name for path in data.iterdir()] == ["train-00000.tar"]
     calls = -(10**6)
     train = (data / "train-00000.tar").stat().st_mtime_ns
-    shards = demo.write_world(data, TINY)
+    shards = shapes_demo.write_world(data, TINY)
     assert calls == TINY.test + TINY.compositions - 10**6
     assert (data / "train-00000.tar").stat().st_mtime_ns == train
     for split, paths in shards.items():
@@ -140,8 +140,8 @@ def test_stopped_training_makes_no_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stopped = SimpleNamespace(outcome=SimpleNamespace(finished=False))
-    monkeypatch.setattr(demo, "run_recipe", lambda *_: stopped)
-    monkeypatch.setattr(demo, "QUICK", TINY)
+    monkeypatch.setattr(shapes_demo, "run_recipe", lambda *_: stopped)
+    monkeypatch.setattr(shapes_demo, "QUICK", TINY)
     assert demo.main(["--folder", str(tmp_path), "--quick"]) == 130
     assert not (tmp_path / "report.html").exists()
     assert "Traceback" not in capsys.readouterr().err
@@ -151,18 +151,18 @@ def test_stopped_training_makes_no_report(
 
 
 def test_the_splits_to_evaluate_have_different_captions(tmp_path: Path) -> None:
-    config = demo.DemoConfig(train=1, test=40, compositions=40, max_objects=1)
-    for split, shards in demo.write_world(tmp_path, config).items():
+    config = shapes_demo.DemoConfig(train=1, test=40, compositions=40, max_objects=1)
+    for split, shards in shapes_demo.write_world(tmp_path, config).items():
         captions = [record.captions[0] for record in open_source(shards)]
         assert len(captions) == len(set(captions)) == (1 if split is Split.TRAIN else 40)
 
 
 def test_names_exactly() -> None:
     two = record("1", ["small red star", "small red star", "large blue circle"])
-    assert demo.names_exactly("two small red stars at the top left and the centre and a large blue circle", two)
-    assert demo.names_exactly("a small red star and a large blue circle below it and a small red star", two)
-    assert not demo.names_exactly("a small red star and a large blue circle", two)
-    assert not demo.names_exactly("", two)
+    assert shapes_demo.names_exactly("two small red stars at the top left and the centre and a large blue circle", two)
+    assert shapes_demo.names_exactly("a small red star and a large blue circle below it and a small red star", two)
+    assert not shapes_demo.names_exactly("a small red star and a large blue circle", two)
+    assert not shapes_demo.names_exactly("", two)
 
 
 def test_exact_share_and_its_chance() -> None:
@@ -173,9 +173,9 @@ def test_exact_share_and_its_chance() -> None:
         record("3", ["large blue circle"], circle),
         record("4", ["large blue circle", "small red star"], f"{circle} and {star}"),
     ]
-    assert demo.exact_share({"1": star, "2": circle, "3": circle, "4": f"{star} and {circle}"}, records) == 75
+    assert shapes_demo.exact_share({"1": star, "2": circle, "3": circle, "4": f"{star} and {circle}"}, records) == 75
     references = {record.image_id: record.captions for record in records}
-    chance = demo.chance_level(records, references)
+    chance = shapes_demo.chance_level(records, references)
     assert chance["exact"] == pytest.approx(100 * 2 / 12)  # of the pairs of pictures, 1-2 and 2-1 are alike
     assert chance["t2i_r1"] == chance["i2t_r1"] == 25
     assert chance["t2i_r10"] == 100
@@ -183,8 +183,8 @@ def test_exact_share_and_its_chance() -> None:
 
 
 def test_fewer_steps_have_a_shorter_warmup() -> None:
-    whole = demo.DemoConfig().recipe()
-    short = demo.DemoConfig(steps=whole.train.steps // 10).recipe()
+    whole = shapes_demo.DemoConfig().recipe()
+    short = shapes_demo.DemoConfig(steps=whole.train.steps // 10).recipe()
     assert short.train.steps == whole.train.steps // 10
     assert short.optim.warmup_steps == round(whole.optim.warmup_steps / 10)
-    assert demo.QUICK.recipe().train.steps == demo.QUICK.steps
+    assert shapes_demo.QUICK.recipe().train.steps == shapes_demo.QUICK.steps

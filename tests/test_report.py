@@ -174,6 +174,10 @@ def test_wrong_words_are_marked() -> None:
     assert "a <mark>blue</mark> star" in html
     assert ">wrong<" in html
     assert ">right<" not in html
+    assert ">a red star<" in html
+    same = report.Captions("", (report.Captioned(picture(), "a red star", ("a red star",), True),)).body()
+    assert "word for word a reference" in same
+    assert ">a red star<" in same
     unjudged = report.Captions("", (report.Captioned(picture(), "", ("a red star",)),)).body()
     assert "(nothing)" in unjudged
     assert ">wrong<" not in unjudged
@@ -272,11 +276,13 @@ def test_long_lines_are_thinned() -> None:
     assert [len(line.split()) for line in page.attributes("points")] == [240, 240]
 
 
-def test_smoothing_keeps_straight_lines_straight() -> None:
-    values = np.linspace(3.0, -1.0, 50)
-    assert np.allclose(report.smoothed(values, 7), values)
-    noisy = values + np.where(np.arange(50) % 2, 0.5, -0.5)
-    assert np.abs(report.smoothed(noisy, 7) - values)[10:40].max() < 0.05
+def test_smoothing() -> None:
+    straight = np.linspace(3.0, -1.0, 50)
+    assert np.allclose(report.smoothed(straight, 7)[:-7], straight[:-7])
+    noisy = np.where(np.arange(50) % 2, 0.5, -0.5)
+    assert np.abs(report.smoothed(noisy, 7)[10:]).max() < 0.1
+    assert np.allclose(report.smoothed(np.arange(5.0), 1), [0, 1, 2, 3, 3.5])
+    assert np.array_equal(report.smoothed(np.array([4.0]), 3), [4.0])
 
 
 @pytest.mark.parametrize(
@@ -306,7 +312,7 @@ def test_training_seconds_are_those_of_the_steps() -> None:
 def test_speed_of_a_run() -> None:
     facts = report.speed(log(30), 30)
     assert facts["steps"] == "30 of 30"
-    assert facts["time of the steps"] == "0:01:00"
+    assert facts["time of the steps"] == "1 min 0 s"
     assert facts["throughput"] == "50.0 samples/s"
     assert facts["waiting for data"] == "2.0% of the time"
     assert report.speed([], 30) == {"steps": "0"}
@@ -338,4 +344,6 @@ def test_the_environment_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_durations() -> None:
     assert report.duration(8.25) == "8.2 s"
-    assert report.duration(200.4) == "0:03:20"
+    assert report.duration(59.99) == "60.0 s"
+    assert report.duration(200.4) == "3 min 20 s"
+    assert report.duration(7530) == "2 h 5 min"

@@ -31,13 +31,15 @@ class TrainingOptions:
         evaluate_data: data to evaluate on while training and at the end.
         folder: where the run is kept; the same command with the same folder resumes an interrupted run.
         image_root: what the image paths of JSON lists are relative to.
-        start: checkpoint folder to start from, or folders of converted parts (CLIP, BERT).
-        vocabulary: vocab.txt or tokenizer.json; without one a vocabulary is trained on the captions.
+        splits: splits of a Karpathy file to train on, such as train restval.
+        evaluate_splits: splits of a Karpathy file to evaluate on.
+        start: checkpoint folder or Hub id to start from, or folders of converted parts (CLIP, BERT).
+        vocabulary: vocab.txt or tokenizer.json; by default that of --start, else one is trained on the captions.
         steps: optimiser steps.
         batch_size: samples a process and forward pass.
         accumulate: forward passes an optimiser step.
         workers: processes that read and decode.
-        lr: peak learning rate.
+        lr: peak learning rate; that of the vision encoder changes in proportion.
         precision: fp32, bf16 (with fp32 master weights), or auto.
         checkpoint_every: steps between checkpoints.
         evaluate_every: steps between evaluations; 0 for one at the end.
@@ -48,6 +50,8 @@ class TrainingOptions:
     folder: Path
     evaluate_data: tuple[str, ...] = ()
     image_root: str | None = None
+    splits: tuple[str, ...] = ()
+    evaluate_splits: tuple[str, ...] = ()
     start: tuple[str, ...] = ()
     vocabulary: str | None = None
     steps: int | None = None
@@ -73,6 +77,8 @@ class TrainingOptions:
 
         data = changed(recipe.data, train="data", evaluate="evaluate_data")
         train, optim = changed(recipe.train), changed(recipe.optim)
+        if "lr" in given and recipe.optim.vision_lr is not None:
+            optim = replace(optim, vision_lr=recipe.optim.vision_lr * optim.lr / recipe.optim.lr)
         if "steps" in given:  # a shorter run has a shorter warm-up
             shrink = min(1.0, train.steps / recipe.train.steps)
             optim = replace(optim, warmup_steps=int(optim.warmup_steps * shrink))
@@ -369,7 +375,7 @@ def main(arguments: list[str] | None = None) -> None:
             prog=program,
             description="mPLUG, BridgeTower and EVE: pre-train, fine-tune, evaluate, and use.",
             args=arguments,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff, tyro.conf.HelptextFromCommentsOff),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
         )
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stderr.close()

@@ -17,7 +17,7 @@ import subprocess
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from difflib import SequenceMatcher
 from html import escape
 from importlib.resources import files
@@ -283,10 +283,11 @@ class Captions:
         nearest, right = compare(item.generated, item.references)
         words = zip(item.generated.split(), right, strict=True)
         marked = " ".join(escape(word) if fits else f"<mark>{escape(word)}</mark>" for word, fits in words)
+        below = "(word for word a reference)" if nearest == item.generated else nearest
         verdict = {True: '<i class="right">right</i>', False: '<i class="wrong">wrong</i>', None: ""}[item.right]
         return (
             f'<figure class="card">{_image(item.picture, nearest)}<figcaption>{verdict}'
-            f'<p class="generated">{marked or "(nothing)"}</p><p class="reference">{escape(nearest)}</p>'
+            f'<p class="generated">{marked or "(nothing)"}</p><p class="reference">{escape(below)}</p>'
             "</figcaption></figure>"
         )
 
@@ -439,12 +440,13 @@ def spotlight(picture: Picture, heat_HW: Floats, side: int = _HEAT_SIDE) -> Pict
 
 @dataclass(frozen=True)
 class Line:
-    """A quantity over the steps of a run; values that are not finite are left out."""
+    """A quantity over the steps of a run; values that are not finite are left out, ``noisy`` ones are smoothed."""
 
     name: str
     unit: str
     steps: tuple[int, ...]
     values: tuple[float, ...]
+    noisy: bool = True
 
 
 @dataclass(frozen=True)
@@ -462,7 +464,7 @@ class Curves:
 
 
 _WIDTH, _HEIGHT = 340, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 28, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 20, 28, 40
 _POINTS = 240
 
 
@@ -476,7 +478,7 @@ def chart(line: Line) -> str:
     if not finite:
         return f'{head}<text x="{_LEFT}" y="{_HEIGHT / 2}">no values</text></svg>'
     steps, values = (np.asarray(column, dtype=float) for column in zip(*finite, strict=True))
-    smooth = smoothed(values, max(1, len(values) // 40))
+    smooth = smoothed(values, max(1, len(values) // 40)) if line.noisy else values
     x_ticks, y_ticks = ticks(0.0, float(steps.max()), 5), ticks(min(0.0, float(values.min())), float(values.max()), 4)
 
     def x(step: float) -> float:
@@ -507,13 +509,16 @@ def chart(line: Line) -> str:
 
 
 def smoothed(values: Floats, reach: int) -> Floats:
-    """The mean of each value and its ``reach`` neighbours on both sides, fewer at the ends."""
+    """The mean of each value and its ``reach`` neighbours on both sides; of fewer where there are no more.
+
+    At the start there are as few on the right as on the left, for curves begin steeply. At the end, where the value
+    matters, there are all of them on the left.
+    """
     sums = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
-    first, end = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
-    # As many on the left as on the right: otherwise the ends of a falling curve would be bent.
-    width = np.minimum(at - first, end - 1 - at)
-    return np.asarray((sums[at + width + 1] - sums[at - width]) / (2 * width + 1))
+    left = np.minimum(at, reach)
+    right = np.minimum(left, len(values) - 1 - at)
+    return np.asarray((sums[at + right + 1] - sums[at - left]) / (left + right + 1))
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
@@ -565,7 +570,10 @@ def curves_of(records: Iterable[Mapping[str, Any]], title: str = "Training curve
             add("Sum of the losses", "loss", record["step"], record["loss"])
         if "lr" in record:
             add("Learning rate", "rate", record["step"], record["lr"])
-    lines = tuple(Line(name, unit, tuple(steps), tuple(values)) for (name, unit), (steps, values) in columns.items())
+    lines = tuple(
+        Line(name, unit, tuple(steps), tuple(values), noisy=unit == "loss")
+        for (name, unit), (steps, values) in columns.items()
+    )
     return Curves(title, lines, note)
 
 
@@ -625,8 +633,11 @@ def training_seconds(records: Sequence[Mapping[str, Any]], steps: int) -> float 
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: "8.2 s", "0:03:20"."""
-    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+    """Seconds for people: "8.2 s", "3 min 20 s", "2 h 5 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def environment() -> dict[str, str]:

@@ -221,9 +221,9 @@ def write(path: Path, content: object) -> Path:
 def test_readers_keep_the_order_of_the_files(tmp_path: Path) -> None:
     annotations = [{"id": n, "image_id": i, "caption": c} for n, (i, c) in enumerate([(2, "b"), (9, "a"), (2, "c")])]
     references = write(tmp_path / "r.json", {"images": [{"id": 9}, {"id": 4}, {"id": 2}], "annotations": annotations})
-    assert list(read_coco_references(references).items()) == [(9, ["a"]), (2, ["b", "c"])]
+    assert list(read_coco_references(references).items()) == [("9", ["a"]), ("2", ["b", "c"])]
     results = write(tmp_path / "p.json", [{"image_id": 2, "caption": "x"}, {"image_id": 9, "caption": "y"}])
-    assert read_coco_results(results) == {2: "x", 9: "y"}
+    assert read_coco_results(results) == {"2": "x", "9": "y"}
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_readers_keep_the_order_of_the_files(tmp_path: Path) -> None:
         ([], "annotations"),
         ({"images": [], "annotations": [{"caption": "a"}]}, r'annotations\[0\]: needs "image_id"'),
         ({"images": [{"id": 1}], "annotations": [{"image_id": 1}]}, r'annotations\[0\]: needs "caption"'),
-        ({"images": [{"id": 1}], "annotations": [{"image_id": 2, "caption": "a"}]}, "2 is not among"),
+        ({"images": [{"id": 1}], "annotations": [{"image_id": 2, "caption": "a"}]}, "'2' is not among"),
         ({"images": [{}], "annotations": []}, r"images\[0\]"),
         ({"images": 3, "annotations": []}, "must be a list"),
     ],
@@ -247,7 +247,7 @@ def test_bad_reference_files_are_named(tmp_path: Path, content: object, message:
     [
         ({}, "JSON list"),
         (["a"], "entry 0"),
-        ([{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}], "entry 1: a second caption for image 1"),
+        ([{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}], "entry 1: a second caption for image '1'"),
         ([{"image_id": 1, "caption": None}], "entry 0.*caption"),
     ],
 )

@@ -148,9 +148,7 @@ def test_a_signal_with_workers(launch: Launch, uninterrupted: Any, log_of: ReadL
     assert log_of(tmp_path) == log_of(uninterrupted(variant))
 
 
-def test_a_finished_run_does_nothing_again(
-    launch: Launch, uninterrupted: Any, log_of: ReadLog, tmp_path: Path
-) -> None:
+def test_a_finished_run_does_nothing_again(launch: Launch, uninterrupted: Any, log_of: ReadLog, tmp_path: Path) -> None:
     before = log_of(uninterrupted("plain"))
     ended = launch(uninterrupted("plain"))
     assert ended.code == 0

@@ -44,6 +44,8 @@ class ImageTextPipeline:
     Args:
         end: whether texts end with ``[SEP]`` (a caption to generate does, a text to encode does not).
         prompt: put before every caption.
+        clean: strip punctuation as for texts to encode (``pre_caption``); captions to generate are only lower-cased
+            (caption_mplug.py).
         max_words, max_tokens: longer captions are cut (official: 30 words; 25 tokens in ALBEF's code).
     """
 
@@ -53,10 +55,11 @@ class ImageTextPipeline:
     max_tokens: int = 32
     end: bool = False
     prompt: str = ""
+    clean: bool = True
 
     def prepare(self, record: Record, seed: int) -> Example:
         """Decode, transform, and choose a caption."""
-        captions = tuple(text for text in (pre_caption(c, self.max_words) for c in record.captions) if text)
+        captions = tuple(text for text in map(self._text, record.captions) if text)
         if not captions:
             raise BrokenSample(record.key, "it has no caption")
         with seeded(seed):
@@ -66,6 +69,11 @@ class ImageTextPipeline:
         light = Record(record.key, None, record.captions, record.image_id, record.extra)
         ordered = (captions[first], *captions[:first], *captions[first + 1 :])
         return Example(light, pixels_CHW, ordered, stable_id(record.image_id), uniform)
+
+    def _text(self, caption: str) -> str:
+        if self.clean:
+            return pre_caption(caption, self.max_words)
+        return " ".join(caption.lower().split()[: self.max_words])
 
     def tokens(self, texts: Sequence[str], end: bool) -> Tokens:
         """Token ids of some texts."""

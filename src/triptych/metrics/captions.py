@@ -135,7 +135,7 @@ def java_metrics(
 # ------------------------------------------------------------------------------------------------------- readers
 
 
-def read_coco_references(path: str | Path) -> dict[Hashable, list[str]]:
+def read_coco_references(path: str | Path) -> dict[str, list[str]]:
     """Captions of each image in a COCO caption annotation file, images and captions in the file's order.
 
     Images without captions are left out.
@@ -149,7 +149,7 @@ def read_coco_references(path: str | Path) -> dict[Hashable, list[str]]:
     images = content.get("images", [])
     if not isinstance(images, list):
         raise ValueError(f'{path}: "images" must be a list')
-    captions: dict[Hashable, list[str]] = {}
+    captions: dict[str, list[str]] = {}
     for number, entry in enumerate(images):
         captions[_image_id(entry, "id", f"{path}: images[{number}]")] = []
     for number, entry in enumerate(content["annotations"]):
@@ -161,7 +161,7 @@ def read_coco_references(path: str | Path) -> dict[Hashable, list[str]]:
     return {image: group for image, group in captions.items() if group}
 
 
-def read_coco_results(path: str | Path) -> dict[Hashable, str]:
+def read_coco_results(path: str | Path) -> dict[str, str]:
     """The caption of each image in a COCO results file: a JSON list of {"image_id", "caption"}.
 
     Raises:
@@ -170,7 +170,7 @@ def read_coco_results(path: str | Path) -> dict[Hashable, str]:
     content = _read_json(path)
     if not isinstance(content, list):
         raise ValueError(f'{path}: expected a JSON list of {{"image_id", "caption"}}')
-    captions: dict[Hashable, str] = {}
+    captions: dict[str, str] = {}
     for number, entry in enumerate(content):
         where = f"{path}: entry {number}"
         image = _image_id(entry, "image_id", where)
@@ -187,11 +187,11 @@ def _read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}: not a JSON file: {error}") from error
 
 
-def _image_id(entry: Any, field: str, where: str) -> Hashable:
+def _image_id(entry: Any, field: str, where: str) -> str:
     image = entry.get(field) if isinstance(entry, dict) else None
     if not isinstance(image, int | str) or isinstance(image, bool):
         raise ValueError(f'{where}: needs "{field}", a number or a string')
-    return image
+    return str(image)  # some write the number, others the same number as text
 
 
 def _caption(entry: dict[str, Any], where: str) -> str:

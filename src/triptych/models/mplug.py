@@ -245,8 +245,8 @@ class MPlug(VisionLanguageModel):
         return self.masked_head(text_XD)
 
 
-_BASE_VISION = VisionConfig(width=768, layers=12, heads=12, patch=16, image_size=256)
-_LARGE_VISION = VisionConfig(width=1024, layers=24, heads=16, patch=14, image_size=224)
+_BASE_VISION = VisionConfig(width=768, layers=12, heads=12, patch=16, image_size=256, attention_dropout=0.1)
+_LARGE_VISION = VisionConfig(width=1024, layers=24, heads=16, patch=14, image_size=224, attention_dropout=0.1)
 _SMALL_TEXT = TextConfig(vocab_size=8192, width=256, heads=4, ffn=1024, max_positions=128)
 _TINY_TEXT = TextConfig(
     vocab_size=256, width=128, heads=2, ffn=512, max_positions=64, dropout=0.0, attention_dropout=0.0

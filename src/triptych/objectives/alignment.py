@@ -117,28 +117,28 @@ class Alignment(nn.Module):
         self.register_buffer("_mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("_std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
 
-    def forward(self, batch: ImageTextBatch, step: int) -> dict[str, Tensor]:
-        """Losses by name; their sum is what is minimised."""
+    def forward(self, batch: ImageTextBatch, step: int, part: int = 0) -> dict[str, Tensor]:
+        """Losses by name; their sum is what is minimised. ``part`` numbers the accumulated passes of a step."""
         model, teacher = self.model, self.teacher.model
-        pixels_BCHW, alpha = self._begin(batch, step)
+        pixels_BCHW, alpha = self._begin(batch, step, part)
         image = model.encode_image(pixels_BCHW)
         text = model.encode_text(batch.text.ids_BL, batch.text.mask_BL)
         with torch.no_grad():
             image_m = teacher.encode_image(pixels_BCHW)
             text_m = teacher.encode_text(batch.text.ids_BL, batch.text.mask_BL)
         contrast = self._contrast(batch, image, text, image_m, text_m, alpha)
-        pairs = self._draw_pairs(image, text, contrast, StepNoise(self.seed, step))
+        pairs = self._draw_pairs(image, text, contrast, StepNoise(self.seed, step, part))
         fused = model.fuse(pairs.images, pairs.texts, pairs.image_rows)
         return {
             "itc": contrast.loss,
             "itm": matching_loss(model.match_logits(fused), pairs.matches, pairs.counts),
         }
 
-    def _begin(self, batch: ImageTextBatch, step: int) -> tuple[Tensor, float]:
+    def _begin(self, batch: ImageTextBatch, step: int, part: int) -> tuple[Tensor, float]:
         """What precedes a step: the teacher moves, pixels are normalised, alpha rises."""
         with torch.no_grad():
             self.model.temperature.clamp_(0.001, 0.5)
-        if self.training:
+        if self.training and part == 0:  # once a step, however many passes it accumulates
             self.teacher.update(self.model)
         alpha = self.config.alpha * min(1.0, step / max(1, self.config.alpha_warmup))
         return (batch.pixels_BCHW.float() - self._mean) / self._std, alpha

@@ -81,17 +81,19 @@ def mean_over_all(values: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 class StepNoise:
-    """Random numbers as a function of (seed, step, rows of all processes) alone.
+    """Random numbers as a function of (seed, step, part, rows of all processes) alone.
 
     Every process draws for all rows and keeps its own, so that two processes with half a batch each draw what one
     process with the whole batch draws; and a resumed run draws what an uninterrupted one does.
 
     Args:
+        part: which of the accumulated passes of the step.
         stream: numbers of different streams have nothing to do with each other.
     """
 
-    def __init__(self, seed: int, step: int, stream: int = 0) -> None:
-        self._generator = torch.Generator().manual_seed(((seed * 1_000_003 + step) * 8 + stream) % 2**63)
+    def __init__(self, seed: int, step: int, part: int = 0, *, stream: int = 0) -> None:
+        number = ((seed * 1_000_003 + step) * 1_009 + part) * 8 + stream
+        self._generator = torch.Generator().manual_seed(number % 2**63)
 
     def uniform(self, rows: int, length: int, *shape: int, device: torch.device) -> Tensor:
         """[rows, length, *shape] in [0, 1) for this process's rows; a greater length only adds numbers at the end.

@@ -79,14 +79,14 @@ class Pretraining(Alignment):
         super().__init__(model, config, mean=mean, std=std, seed=seed)
         self.text_ids = text_ids
 
-    def forward(self, batch: ImageTextBatch, step: int) -> dict[str, Tensor]:
+    def forward(self, batch: ImageTextBatch, step: int, part: int = 0) -> dict[str, Tensor]:
         """Losses by name, each already weighted; their sum is what is minimised."""
         model, teacher, config = self.model, self.teacher.model, self.config
         assert isinstance(batch, PretrainingBatch)
-        pixels_BCHW, alpha = self._begin(batch, step)
+        pixels_BCHW, alpha = self._begin(batch, step, part)
         B = len(batch)
         whole, masked, prefix = slice(0, B), slice(B, 2 * B), slice(2 * B, 3 * B)
-        masked_text, chosen_BL = self._mask(batch.text, StepNoise(self.seed, step, stream=1))
+        masked_text, chosen_BL = self._mask(batch.text, StepNoise(self.seed, step, part, stream=1))
         texts = Tokens.stack([batch.text, masked_text, batch.prefix], self.text_ids.pad)
         image = model.encode_image(pixels_BCHW)
         text = model.encode_text(texts.ids_BL, texts.mask_BL)
@@ -96,7 +96,7 @@ class Pretraining(Alignment):
             text_m = teacher.encode_text(texts.ids_BL[rows_m], texts.mask_BL[rows_m])
 
         contrast = self._contrast(batch, image, text.rows(whole), image_m, text_m.rows(whole), alpha)
-        pairs = self._draw_pairs(image, text.rows(whole), contrast, StepNoise(self.seed, step))
+        pairs = self._draw_pairs(image, text.rows(whole), contrast, StepNoise(self.seed, step, part))
         own_B = pairs.image_rows[:B]
         fused = model.fuse(
             pairs.images,

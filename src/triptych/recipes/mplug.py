@@ -62,9 +62,9 @@ def mplug_base_4m() -> Recipe:
     """mPLUG-base (ViT-B/16, S = 3) on the 4M set: COCO, Visual Genome, SBU, CC3M.
 
     Command: ``torchrun --nproc-per-node 8 -m triptych pretrain mplug_base_4m --data 'shards/{00000..00410}.tar'
-    --start clip-vit-b-16 bert-base --vocabulary vocab.txt --batch-size 128``
+    --start clip-vit-b-16 bert-base --batch-size 128 --folder runs/base``
 
-    Hardware: the paper used 16 A100 with 64 pairs each (1,024 a step; the released configuration's 256 a GPU fits four).
+    Hardware: the paper used 16 A100, 64 pairs each (1,024 a step; the released 256 a GPU would be four GPUs).
     Expect: 77.94 VQA test-dev and 80.44 NLVR2 test-P after fine-tuning (paper figure 3).
 
     30 epochs. Warm-up of 2,000 steps as the released code (the paper says 1,000); 25 tokens as ALBEF's code.
@@ -101,8 +101,6 @@ def _finetuning(name: str, size: str, image_size: int, epochs: int, samples: int
             preprocessing=Preprocessing(image_size),
             scale=(0.5, 1.0),
             per_caption=True,
-            splits=("train", "restval"),
-            evaluate_splits=("test",),
             evaluate_limit=0,
             max_tokens=30,
         ),
@@ -139,8 +137,9 @@ def _caption_coco(name: str, size: str, image_size: int) -> Recipe:
 def caption_coco_base() -> Recipe:
     """mPLUG-base captions on COCO (Karpathy split) at 384 px, cross-entropy.
 
-    Command: ``torchrun --nproc-per-node 8 -m triptych finetune caption coco_base --checkpoint mplug-base
-    --data dataset_coco.json --image-root coco``. Hardware: 8 A100. Expect: CIDEr 137.5 (official README).
+    Command: ``torchrun --nproc-per-node 8 -m triptych finetune caption coco_base --start mplug-base
+    --data dataset_coco.json --splits train restval --evaluate-data dataset_coco.json --evaluate-splits val
+    --image-root coco --folder runs/caption``. Hardware: 8 A100. Expect: CIDEr 137.5 (official README).
 
     Learning rates of the released configuration; 5 epochs of 256, beam 10 and at most 20 tokens as the paper
     (released: beam 5, 8 to 25).
@@ -156,8 +155,9 @@ def caption_coco_large() -> Recipe:
 def retrieval_coco_base() -> Recipe:
     """mPLUG-base retrieval on COCO at 384 px: 5 epochs of 256, re-ranking 256 (paper section 7.1).
 
-    Command: ``torchrun --nproc-per-node 8 -m triptych finetune retrieval coco_base --checkpoint mplug-base
-    --data dataset_coco.json --image-root coco``. Hardware: 8 A100. The paper gives no figure for this size.
+    Command: ``torchrun --nproc-per-node 8 -m triptych finetune retrieval coco_base --start mplug-base
+    --data dataset_coco.json --splits train restval --evaluate-data dataset_coco.json --evaluate-splits val
+    --image-root coco --folder runs/retrieval``. Hardware: 8 A100. The paper gives no figure for this size.
     """
     recipe = _finetuning("retrieval_coco_base", "base", 384, epochs=5, samples=567_000, batch=256)
     return replace(recipe, retrieval=RetrievalConfig(candidates=256, max_tokens=30))

@@ -75,7 +75,7 @@ class Captioning(nn.Module):
         """The parts of the model that run: training freezes the others, which would never get a gradient."""
         return ("image", "decoder") if self.config.context == "image" else ("image", "text", "fusion", "decoder")
 
-    def forward(self, batch: ImageTextBatch, step: int) -> dict[str, Tensor]:
+    def forward(self, batch: ImageTextBatch, step: int, part: int = 0) -> dict[str, Tensor]:
         """Mean cross-entropy of the caption tokens."""
         assert self.model.decoder is not None
         memory = self._memory(self.preprocessing.normalize(batch.pixels_BCHW))
@@ -124,9 +124,16 @@ class CaptionReport:
     predictions: dict[str, str]
     references: dict[str, tuple[str, ...]]
 
-    def results(self) -> list[dict[str, str]]:
-        """The COCO result format."""
-        return [{"image_id": image, "caption": text} for image, text in self.predictions.items()]
+    def results(self) -> list[dict[str, str | int]]:
+        """The COCO result format, in which ids that are numbers are written as numbers."""
+        return [
+            {"image_id": int(image) if image == str(_number(image)) else image, "caption": text}
+            for image, text in self.predictions.items()
+        ]
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() else None
 
 
 def evaluate_captions(
@@ -149,5 +156,6 @@ def evaluate_captions(
         captions = task.caption(pixels_BCHW.to(device))
         for record, caption in zip(records, captions, strict=True):
             predictions[record.image_id] = caption
-            references[record.image_id] = record.captions
+            # A list may have one record a caption: all of them are references of the picture.
+            references[record.image_id] = (*references.get(record.image_id, ()), *record.captions)
     return CaptionReport(score_captions(references, predictions), predictions, references)

@@ -94,7 +94,7 @@ Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
 
 
 class Trainer:
-    """Trains a task: a module whose call ``task(batch, step)`` gives losses by name.
+    """Trains a task: a module whose call ``task(batch, step, part)`` gives losses by name.
 
     Args:
         task: has the network as ``task.model``.
@@ -201,7 +201,7 @@ class Trainer:
             last = index == config.accumulate - 1
             with self._synchronised(last):
                 with autocast(device, config.precision):
-                    losses = self._parallel(batch.to(device), self.step)
+                    losses = self._parallel(batch.to(device), self.step, index)
                 (torch.stack(list(losses.values())).sum() / config.accumulate).backward()  # type: ignore[no-untyped-call]
             parts.append({name: loss.detach() for name, loss in losses.items()})
             clock.samples += len(batch) * self.process.world

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Literal, cast
 
 import torch
@@ -41,7 +42,8 @@ def process_group() -> Iterator[Process]:
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    # The others wait while the first evaluates, which takes longer than the default of ten minutes.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))
     try:
         yield Process(dist.get_rank(), dist.get_world_size(), device)
     finally:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triptych.checkpoints.folder import load_folder, save_folder
+from triptych.checkpoints.folder import load, save_folder
 from triptych.checkpoints.parts import initialise
 from triptych.data.loader import Loader, read_once
 from triptych.data.pipelines import Example, ImageTextPipeline, PretrainingPipeline
@@ -47,6 +47,7 @@ class DataConfig:
         scale: of the random crop; ``None`` keeps the whole picture.
         augment: RandomAugment. ``flip``: mirror half of the pictures (not where texts say left and right).
         per_caption: an epoch has every caption of a picture, not one of them.
+        window: shards that are shuffled together; two windows are in memory.
     """
 
     train: tuple[str, ...] = ()
@@ -62,6 +63,7 @@ class DataConfig:
     max_words: int = 30
     max_tokens: int = 25
     per_caption: bool = False
+    window: int = 4
 
     def source(self) -> Source:
         """The training data."""
@@ -80,8 +82,8 @@ class Recipe:
         objective: its type decides what is trained: pre-training, retrieval (ITC + ITM), or captioning.
         model: sizes; with ``start`` those of the checkpoint are used.
         start: a checkpoint folder to start from, or folders of parts (CLIP, BERT) that ``triptych convert`` made.
-        vocabulary: ``vocab.txt`` or ``tokenizer.json``; without one a WordPiece of ``model.text.vocab_size`` is trained
-            on the captions.
+        vocabulary: ``vocab.txt`` or ``tokenizer.json``; by default that of a part in ``start``, else a WordPiece of
+            ``model.text.vocab_size`` is trained on the captions.
         retrieval, captioning: how the model is evaluated.
     """
 
@@ -112,9 +114,10 @@ def run_recipe(recipe: Recipe, folder: Path, process: Process | None = None) -> 
     The folder gets ``recipe.json``, ``log.jsonl``, ``tensorboard/``, ``checkpoints/`` and, at the end, ``model/``.
     """
     process = process or Process()
-    if process.leads:
-        _claim(folder, recipe)
+    _claim(folder, recipe, process)
     source = recipe.data.source()
+    if recipe.data.evaluate:
+        recipe.data.evaluation_source()  # a wrong location should show now, not after the training
     model, tokenizer = _build_model(recipe, source, folder, process)
     task = _build_task(recipe, model, tokenizer)
     loader: Loader[Example, Any] = Loader(
@@ -126,8 +129,10 @@ def run_recipe(recipe: Recipe, folder: Path, process: Process | None = None) -> 
         workers=recipe.train.workers,
         rank=process.rank,
         world=process.world,
+        window=recipe.data.window,
         per_caption=recipe.data.per_caption,
     )
+
     def evaluate(candidate: nn.Module, step: int) -> Mapping[str, float]:
         assert isinstance(candidate, VisionLanguageModel)
         return evaluate_model(recipe, candidate, tokenizer, limit=recipe.data.evaluate_limit)[0]
@@ -154,11 +159,11 @@ def run_recipe(recipe: Recipe, folder: Path, process: Process | None = None) -> 
     return Run(folder, folder / "model", outcome)
 
 
-_DECIDED = ("name", "objective", "model", "optim")
-"""What cannot change in the middle of a run; how long it goes, from where it reads and how often it saves can."""
+_DECIDED = ("name", "objective", "model")
+"""What cannot change in the middle of a run; rates, length, where it reads and how often it saves can."""
 
 
-def _claim(folder: Path, recipe: Recipe) -> None:
+def _claim(folder: Path, recipe: Recipe, process: Process) -> None:
     """Write ``recipe.json``.
 
     Raises:
@@ -173,6 +178,8 @@ def _claim(folder: Path, recipe: Recipe) -> None:
                 f"{folder} has a run of another recipe ({where}: {_difference(begun[where], wanted[where])}): "
                 "give the command it was begun with, or another folder"
             )
+    if not process.leads:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(wanted, indent=1) + "\n")
@@ -198,7 +205,7 @@ def _build_model(
 ) -> tuple[VisionLanguageModel, Tokenizer]:
     torch.manual_seed(recipe.train.seed)
     size = recipe.data.preprocessing.image_size
-    if len(recipe.start) == 1 and (loaded := load_folder(recipe.start[0])).model_type == MPlug.model_type:
+    if len(recipe.start) == 1 and (loaded := load(recipe.start[0])).model_type == MPlug.model_type:
         if loaded.tokenizer is None:
             raise ValueError(f"{recipe.start[0]} has no tokenizer.json: convert it again with --vocab")
         assert isinstance(loaded.model, MPlug)
@@ -219,6 +226,9 @@ def _build_model(
 def _tokenizer(recipe: Recipe, source: Source, folder: Path, process: Process) -> Tokenizer:
     if recipe.vocabulary is not None:
         return open_tokenizer(recipe.vocabulary)
+    for part in recipe.start:  # word embeddings mean nothing under another vocabulary
+        if (beside := Path(part) / "tokenizer.json").exists():
+            return Tokenizer.load(beside)
     path = folder / "tokenizer.json"
     if not path.exists() and process.leads:
         captions = (
@@ -259,7 +269,7 @@ def _pipeline(recipe: Recipe, tokenizer: Tokenizer) -> ImageTextPipeline:
         return PretrainingPipeline(tokenizer, transform, data.max_words, data.max_tokens, split=split_prefix)
     plain = ImageTextPipeline(tokenizer, transform, data.max_words, data.max_tokens)
     if isinstance(objective, CaptioningConfig):
-        return replace(plain, end=True, prompt=objective.start)
+        return replace(plain, end=True, prompt=objective.start, clean=False)
     return plain
 
 
