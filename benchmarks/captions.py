@@ -17,8 +17,8 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from common import Work, count_flops, in_turns, options, parser, products, reading, report
 
+from common import Work, count_flops, in_turns, options, parser, products, reading, report
 from triptych.generation import BeamSearch, Hypothesis, SpecialIds, generate
 from triptych.models.mplug import SIZES, MPlug
 from triptych.models.protocol import Encoded

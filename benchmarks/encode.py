@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from common import Options, Work, count_flops, in_turns, options, parser, products, report
 
+from common import Options, Work, count_flops, in_turns, options, parser, products, report
 from triptych.models.mplug import SIZES, MPlug
 
 BATCH, TOKENS = 4, 30

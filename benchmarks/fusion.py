@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import Options, Work, count_flops, in_turns, options, parser, report
 from torch import Tensor
 
+from common import Options, Work, count_flops, in_turns, options, parser, report
 from triptych.models.mplug import SIZES, FusionNetwork, MPlugConfig
 from triptych.models.protocol import Encoded
 

@@ -20,15 +20,15 @@ import sys
 from typing import Any
 
 import torch
-from common import Options, Work, count_flops, in_turns, options, parser, products, report
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from common import Options, Work, count_flops, in_turns, options, parser, products, report
 from triptych.data.batches import PretrainingBatch, Tokens
+from triptych.models.mplug import MPlug
 from triptych.objectives.pretraining import Pretraining, PretrainingConfig, TextIds
 from triptych.recipes.mplug import mplug_base_4m
 from triptych.recipes.shapes import shapes_tiny
-from triptych.models.mplug import MPlug
 from triptych.training.flops import peak_memory_gb
 from triptych.training.optim import build_optimizer
 from triptych.training.parallel import autocast, set_checkpointing

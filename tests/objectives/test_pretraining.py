@@ -5,6 +5,7 @@ Shape legend: B batch, L tokens, V vocabulary, X selected tokens, K keys.
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 
@@ -273,7 +274,7 @@ def test_frozen_fusion_teacher_freezes_the_fusion_and_its_mlm_head_alone(
 
 def test_sequence_softmax_is_the_official_formula(make_model: MakeModel, make_batch: MakeBatch) -> None:
     """The batch has one length, since the official softmax counts padding as it happens to be."""
-    config = dataclasses.replace(CONFIG, alpha=1.0, alpha_warmup=1, weights=(1.0, 1.0, 1.0, 1.0))
+    config = dataclasses.replace(CONFIG, alpha=1.0, alpha_warmup=1, weights=(1.0,) * 4, mlm_probability=1.0)
     task, batch = pretraining(make_model(), config, sequence_softmax=True), make_batch(1, seed=3)
     L = batch.text.ids_BL.shape[1]
     slow = Slow(task, batch, STEP)
@@ -312,6 +313,32 @@ def test_step_and_seed_decide_the_randomness(make_model: MakeModel, make_batch: 
         assert {name for name in first if first[name] != other[name]} >= {"mlm"}
         assert other["itc"] == first["itc"]
         assert other["prefix"] == first["prefix"]
+
+
+@pytest.mark.parametrize("objective", ["pre-training", "alignment"])
+def test_accumulated_passes_share_one_teacher_and_differ_in_what_they_draw(
+    objective: str, make_model: MakeModel, make_batch: MakeBatch
+) -> None:
+    """Images, texts and alpha alike, so that only masks and negatives can differ."""
+    model = make_model()
+    task: Alignment = pretraining(model, dataclasses.replace(CONFIG, queue_size=0))
+    if objective == "alignment":
+        task = Alignment(model, AlignmentConfig(queue_size=0, alpha_warmup=20), mean=MEAN, std=STD).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+        model.temperature.fill_(0.5)
+    found, teachers = [], [[p.clone() for p in task.teacher.parameters()]]
+    for part in range(4):
+        found.append({name: loss.item() for name, loss in task(make_batch(5), STEP, part).items()})
+        teachers.append([p.clone() for p in task.teacher.parameters()])
+    moved = [
+        any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        for before, after in itertools.pairwise(teachers)
+    ]
+    assert moved == [True, False, False, False]
+    for name in found[0]:
+        assert (len({losses[name] for losses in found}) > 1) == (name in {"itm", "mlm"}), name
 
 
 def test_negatives_differ_from_step_to_step(make_model: MakeModel, make_batch: MakeBatch) -> None:

@@ -377,14 +377,14 @@ def test_processes_draw_the_rows_of_one(results: Results) -> None:
         assert torch.equal(torch.cat([part["noise"][name] for part in results[1]]), results[0]["noise"][name])
 
 
-def test_noise_depends_on_seed_step_and_stream_and_not_on_the_length() -> None:
-    def draw(seed: int = 1, step: int = 2, stream: int = 0, length: int = 6) -> Tensor:
-        return StepNoise(seed, step, stream).uniform(4, length, 3, device=torch.device("cpu"))
+def test_noise_depends_on_seed_step_part_and_stream_and_not_on_the_length() -> None:
+    def draw(seed: int = 1, step: int = 2, part: int = 0, stream: int = 0, length: int = 6) -> Tensor:
+        return StepNoise(seed, step, part, stream=stream).uniform(4, length, 3, device=torch.device("cpu"))
 
     before = torch.get_rng_state()
     assert torch.equal(draw(), draw())
     assert torch.equal(torch.get_rng_state(), before)
-    for other in (draw(seed=2), draw(step=3), draw(stream=1)):
+    for other in (draw(seed=2), draw(step=3), draw(part=1), draw(stream=1)):
         assert not torch.isclose(other, draw()).any()
     assert torch.equal(draw(length=90)[:, :6], draw())
     assert draw().shape == (4, 6, 3)
