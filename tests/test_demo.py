@@ -44,7 +44,7 @@ def test_everything_is_there(finished: Path) -> None:
     assert len(read_log(finished / "run")) == 2
     pictures = sorted((finished / "pictures").iterdir())
     assert [path.name for path in pictures] == [f"test-{number}.png" for number in range(1, 7)]
-    first = shapes.distinct_scenes(Split.TEST, 1)[0]
+    first = shapes.distinct_scenes(Split.TEST, 1, config=shapes.ShapesConfig(max_objects=TINY.max_objects))[0]
     assert np.array_equal(np.asarray(Image.open(pictures[0])), shapes.render(first))
 
 
@@ -76,7 +76,12 @@ def test_the_report_says_what_it_is(finished: Path) -> None:
     assert "A smoke test (--quick)" in html
     assert "Where the words look" in html
     assert "the same model shown a grey picture" in html
-    assert shapes.captions(shapes.distinct_scenes(Split.TEST, 1)[0])[0] in html
+    assert (
+        shapes.captions(
+            shapes.distinct_scenes(Split.TEST, 1, config=shapes.ShapesConfig(max_objects=TINY.max_objects))[0]
+        )[0]
+        in html
+    )
 
 
 def test_the_end_says_what_to_do_next(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,7 +55,7 @@ class DemoConfig:
     train: int = 20_000
     test: int = 500
     compositions: int = 500
-    max_objects: int = 3
+    max_objects: int = 2
     steps: int | None = None
     quick: bool = False
 
@@ -386,7 +386,8 @@ def _results(evaluations: Mapping[Split, Evaluation]) -> Section:
         tuple(Rows(heading, tuple(rows)) for heading, rows in _table_rows(evaluations)),
         spans=tuple((f"{split} ({len(found.records)} pictures)", 3) for split, found in evaluations.items()),
         note="Blind: the same model shown a grey picture, of which it says "
-        f"\u201c{says}\u201d; equal scores count as wrong in retrieval. Chance: for captions that of another picture, "
+        f"\u201c{says}\u201d; equal scores count as wrong in retrieval. All objects right: size, colour and shape of "
+        "each, and no others. Chance: for captions that of another picture, "
         "for retrieval any order. Retrieval has one caption a picture, and no two captions are equal. BLEU-4 and "
         "CIDEr are times 100, against five captions a picture.",
     )
@@ -398,7 +399,8 @@ def _caption_section(title: str, records: Sequence[Record], found: Evaluation, n
         tuple(_captioned(record, found) for record in records),
         note
         or "The first pictures of the split, not chosen. Above: the model's caption, with the words marked that "
-        "differ from the nearest of five references; below: that reference. Right: exactly the objects are named.",
+        "differ from the nearest of five references; below: that reference. Right: it names exactly the objects, by "
+        "size, colour and shape; places are not judged.",
     )
 
 

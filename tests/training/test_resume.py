@@ -183,7 +183,6 @@ def test_a_limit_on_files(launch: Launch, tmp_path: Path) -> None:
     [
         ({"width": 48}, "model: text: width: it was 32 and is 48"),
         ({"dropout": 0.0}, "model: text: dropout: it was 0.1 and is 0.0"),
-        ({"lr": 1e-3}, "optim: lr: it was 0.01 and is 0.001"),
         ({"objective": "captioning"}, "objective: context: it was None and is 'image'"),
     ],
 )

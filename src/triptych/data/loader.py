@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import io
 import logging
+import multiprocessing.connection
+import os
 import pickle
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -375,6 +378,7 @@ def _prepared(tasks: Generator[_Task], prepare: Prepare[Any], workers: int) -> G
         sampler=_chunks(tasks, failures),  # the "indices" are the records themselves
         num_workers=workers,
         collate_fn=_pack if workers else _same,
+        worker_init_fn=_end_with_parent,
         generator=torch.Generator(),  # or it would draw from the global one
     )
     iterator = iter(loader)
@@ -388,6 +392,21 @@ def _prepared(tasks: Generator[_Task], prepare: Prepare[Any], workers: int) -> G
         if workers:
             iterator._shutdown_workers()  # type: ignore[attr-defined]
         tasks.close()
+
+
+def _end_with_parent(worker: int) -> None:
+    """In a worker: end when the training process does, even if it was killed.
+
+    Otherwise a worker whose results nobody reads any more waits for ever to hand them over.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _chunks(tasks: Iterator[_Task], failures: list[Exception]) -> Iterator[list[_Task]]:

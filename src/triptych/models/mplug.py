@@ -257,7 +257,7 @@ SIZES: dict[str, MPlugConfig] = {
         VisionConfig(width=128, layers=4, heads=2, patch=8, image_size=64),
         _TINY_TEXT,
         text_layers=2,
-        fusion_layers=4,
+        fusion_layers=3,
         decoder_layers=2,
         stride=2,
         embed_dim=64,
