@@ -385,22 +385,20 @@ def _results(evaluations: Mapping[Split, Evaluation]) -> Section:
         columns,
         tuple(Rows(heading, tuple(rows)) for heading, rows in _table_rows(evaluations)),
         spans=tuple((f"{split} ({len(found.records)} pictures)", 3) for split, found in evaluations.items()),
-        note="Blind: the same model shown a grey picture, of which it says "
-        f"\u201c{says}\u201d; equal scores count as wrong in retrieval. All objects right: size, colour and shape of "
-        "each, and no others. Chance: for captions that of another picture, "
-        "for retrieval any order. Retrieval has one caption a picture, and no two captions are equal. BLEU-4 and "
-        "CIDEr are times 100, against five captions a picture.",
+        note="All objects right: the caption names size, colour and shape of every object, and no others; places are "
+        f"not judged. Blind: the same model shown a grey picture, of which it says \u201c{says}\u201d; equal scores "
+        "count as wrong in retrieval. Chance: for captions that of another picture, for retrieval any order. Retrieval "
+        "has one caption a picture, and no two captions are equal. BLEU-4 and CIDEr are times 100, against five "
+        "captions a picture.",
     )
 
 
-def _caption_section(title: str, records: Sequence[Record], found: Evaluation, note: str = "") -> report.Captions:
+def _caption_section(title: str, records: Sequence[Record], found: Evaluation) -> Section:
     return report.Captions(
         title,
         tuple(_captioned(record, found) for record in records),
-        note
-        or "The first pictures of the split, not chosen. Above: the model's caption, with the words marked that "
-        "differ from the nearest of five references; below: that reference. Right: it names exactly the objects, by "
-        "size, colour and shape; places are not judged.",
+        "The first pictures of the split, not chosen. Above: the model's caption, with the words marked that differ "
+        "from the nearest of five references; below: that reference. Right: all objects are right, places not judged.",
     )
 
 
