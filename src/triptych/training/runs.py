@@ -16,7 +16,7 @@ from triptych.checkpoints.folder import load, save_folder
 from triptych.checkpoints.parts import initialise
 from triptych.data.loader import Loader, read_once
 from triptych.data.pipelines import Example, ImageTextPipeline, PretrainingPipeline
-from triptych.data.samples import Record, pre_caption
+from triptych.data.samples import Record, decode_image, pre_caption
 from triptych.data.sources import Source, open_source
 from triptych.data.tokenizers import Tokenizer, train_wordpiece, wordpiece_from_vocab
 from triptych.data.transforms import Preprocessing
@@ -294,8 +294,6 @@ class _Show:
     transform: Any
 
     def __call__(self, record: Record, seed: int) -> tuple[Record, Tensor]:
-        from triptych.data.samples import decode_image
-
         return replace(record, image=None), self.transform(decode_image(record))
 
 
