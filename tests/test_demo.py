@@ -45,7 +45,8 @@ def test_everything_is_there(finished: Path) -> None:
     pictures = sorted((finished / "pictures").iterdir())
     assert [path.name for path in pictures] == [f"test-{number}.png" for number in range(1, 7)]
     first = shapes.distinct_scenes(Split.TEST, 1, config=shapes.ShapesConfig(max_objects=TINY.max_objects))[0]
-    assert np.array_equal(np.asarray(Image.open(pictures[0])), shapes.render(first))
+    size = TINY.recipe().data.preprocessing.image_size
+    assert np.array_equal(np.asarray(Image.open(pictures[0])), shapes.render(first, size))
 
 
 def test_the_model_captions_the_pictures(finished: Path) -> None:

@@ -39,7 +39,7 @@ class TrainingOptions:
         batch_size: samples a process and forward pass.
         accumulate: forward passes an optimiser step.
         workers: processes that read and decode.
-        lr: peak learning rate; that of the vision encoder changes in proportion.
+        lr: peak learning rate; those of the vision encoder and of Muon change in proportion.
         precision: fp32, bf16 (with fp32 master weights), or auto.
         checkpoint_every: steps between checkpoints.
         evaluate_every: steps between evaluations; 0 for one at the end.
@@ -79,6 +79,8 @@ class TrainingOptions:
         train, optim = changed(recipe.train), changed(recipe.optim)
         if "lr" in given and recipe.optim.vision_lr is not None:
             optim = replace(optim, vision_lr=recipe.optim.vision_lr * optim.lr / recipe.optim.lr)
+        if "lr" in given and recipe.optim.muon_lr is not None:
+            optim = replace(optim, muon_lr=recipe.optim.muon_lr * optim.lr / recipe.optim.lr)
         if "steps" in given:  # a shorter run has a shorter warm-up
             shrink = min(1.0, train.steps / recipe.train.steps)
             optim = replace(optim, warmup_steps=int(optim.warmup_steps * shrink))

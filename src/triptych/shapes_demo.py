@@ -142,10 +142,17 @@ def _claim(folder: Path, settings: Mapping[str, object]) -> None:
 def write_world(folder: Path, config: DemoConfig) -> dict[Split, list[Path]]:
     """The shards of each split; those that are complete already are left as they are."""
     counts = {Split.TRAIN: config.train, Split.TEST: config.test, Split.COMPOSITIONS: config.compositions}
-    world = ShapesConfig(max_objects=config.max_objects)
+    world, size = ShapesConfig(max_objects=config.max_objects), config.recipe().data.preprocessing.image_size
     return {
         split: write_shards(
-            folder, split, count, config=world, distinct=split is not Split.TRAIN, keep=True, show_progress=True
+            folder,
+            split,
+            count,
+            config=world,
+            size=size,
+            distinct=split is not Split.TRAIN,
+            keep=True,
+            show_progress=True,
         )
         for split, count in counts.items()
     }

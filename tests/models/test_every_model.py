@@ -42,8 +42,15 @@ def mplug(fusion: FusionKind, vision_width: int) -> Case:
     return Case("mplug", MPlugConfig(vision, text, fusion=fusion, stride=2, **sizes))
 
 
+def with_stem(case: Case) -> Case:
+    """The same network with convolutions in front of its Transformer."""
+    vision = dataclasses.replace(case.config.vision, stem="convolution")
+    return dataclasses.replace(case, config=dataclasses.replace(case.config, vision=vision))
+
+
 CASES = {
     "mplug": mplug("skip", 48),
+    "mplug-convolution-stem": with_stem(mplug("skip", 48)),
     "mplug-asymmetric": mplug("asymmetric", 32),
     "mplug-connected": mplug("connected", 32),
     "mplug-co_attention": mplug("co_attention", 32),

@@ -164,15 +164,16 @@ def spread(x: Tensor) -> float:
     return float(x.detach().std())
 
 
-def test_initialisation() -> None:
+@pytest.mark.parametrize(("width", "std"), [(768, 0.02), (192, 0.04)])
+def test_initialisation(width: int, std: float) -> None:
     module = nn.Sequential(nn.Linear(200, 200), nn.Embedding(200, 200), nn.LayerNorm(200), nn.Conv2d(3, 200, 8))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.fill_(9.0)
-    init_weights(module)
+    init_weights(module, width)
     linear, embedding, norm, convolution = module
     for part in (linear, embedding, convolution):
-        assert abs(spread(part.weight) / 0.02 - 1) < 0.05
+        assert abs(spread(part.weight) / std - 1) < 0.05
     assert not linear.bias.any()
     assert not convolution.bias.any()
     assert (norm.weight == 1).all()

@@ -41,7 +41,7 @@ OBJECTIVES = {
 }
 
 
-def build(data, held_out, *, objective="pretraining", dropout=0.1, width=32, lr=1e-2, **train):
+def build(data, held_out, *, objective="pretraining", dropout=0.1, width=32, lr=1e-2, muon_lr=None, **train):
     """A recipe for a network of width 32 on pictures of 32 pixels; ``train`` changes its TrainConfig."""
     text = TextConfig(
         vocab_size=256, width=width, heads=2, ffn=48, max_positions=64, dropout=dropout, attention_dropout=dropout
@@ -69,7 +69,7 @@ def build(data, held_out, *, objective="pretraining", dropout=0.1, width=32, lr=
             TrainConfig(steps=6, batch_size=3, checkpoint_every=2, evaluate_every=3, log_every=3, precision="fp32"),
             **train,
         ),
-        optim=OptimConfig(lr=lr, vision_lr=None, warmup_steps=2),
+        optim=OptimConfig(lr=lr, vision_lr=None, warmup_steps=2, muon_lr=muon_lr),
         retrieval=RetrievalConfig(candidates=2, max_tokens=34),
         captioning=CaptioningConfig(context="fused", search=SEARCH),
     )

@@ -14,6 +14,7 @@ ReadLog = Callable[[Path], list[dict[str, Any]]]
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "average": {"ema": 0.7},
+    "muon": {"muon_lr": 0.02},
     "accumulated in a worker": {"accumulate": 2, "workers": 1, "evaluate_every": 0},
     "captioning": {"objective": "captioning"},
     "retrieval": {"objective": "retrieval", "dropout": 0.0},

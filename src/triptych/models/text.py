@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from triptych.models.layers import KeyValueCache, Memory, PostNormBlock, init_weights, run_block
+from triptych.models.layers import Activation, KeyValueCache, Memory, PostNormBlock, init_weights, run_block
 from triptych.models.protocol import Encoded
 
 
@@ -29,6 +29,7 @@ class TextConfig:
     layer_norm_eps: float = 1e-12
     dropout: float = 0.1
     attention_dropout: float = 0.1
+    activation: Activation = "gelu"
 
     def block(self, *, cross: bool) -> PostNormBlock:
         """One Transformer layer of these sizes."""
@@ -40,6 +41,7 @@ class TextConfig:
             dropout=self.dropout,
             attention_dropout=self.attention_dropout,
             cross=cross,
+            activation=self.activation,
         )
 
 
@@ -71,7 +73,7 @@ class TextEncoder(nn.Module):
         self.embeddings = TextEmbeddings(config)
         self.blocks = nn.ModuleList(config.block(cross=False) for _ in range(layers))
         self.checkpointing = False
-        init_weights(self)
+        init_weights(self, config.width)
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor | None = None) -> Tensor:
         """[B, L] ids to [B, L, D] states; padding is never attended to."""
@@ -89,7 +91,7 @@ class LanguageHead(nn.Module):
         self.transform = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        init_weights(self)
+        init_weights(self, config.width)
 
     def forward(self, hidden_XD: Tensor, word_VD: Tensor) -> Tensor:
         """[..., D] states to [..., V] logits over the given word embeddings."""
@@ -133,7 +135,7 @@ class TextDecoder(nn.Module):
         self.blocks = nn.ModuleList(config.block(cross=True) for _ in range(layers))
         self.head = LanguageHead(config)
         self.checkpointing = False
-        init_weights(self)
+        init_weights(self, config.width)
 
     def forward(self, ids_BL: Tensor, memory: Encoded, mask_BL: Tensor | None = None) -> Tensor:
         """States [B, L, D] of every position of a given text (training, scoring).

@@ -6,12 +6,15 @@ Shape legend: B batch, C channels, H height, W width, N image tokens (class toke
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from triptych.models.layers import Activation, PreNormBlock, init_weights, run_block
+
+Stem = Literal["patch", "convolution"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class VisionConfig:
     Attributes:
         image_size: pixels of a side, a multiple of ``patch``; sets the size of the position table.
         attention_dropout: mPLUG's code trains with 0.1 here, OpenAI's with 0.
+        stem: what makes a state of a patch: ``patch`` is one linear map, as published; ``convolution`` is three
+            convolutions (:class:`ConvolutionStem`), which learn from far fewer pictures.
     """
 
     width: int
@@ -31,8 +36,13 @@ class VisionConfig:
     activation: Activation = "quick_gelu"
     layer_norm_eps: float = 1e-5
     attention_dropout: float = 0.0
+    stem: Stem = "patch"
 
     def __post_init__(self) -> None:
+        if self.stem not in get_args(Stem):
+            raise ValueError(f"stem must be one of {', '.join(get_args(Stem))}, not {self.stem!r}")
+        if self.stem == "convolution" and self.patch % 4:
+            raise ValueError(f"a convolution stem needs a patch that is a multiple of 4, not {self.patch}")
         if self.image_size % self.patch:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
 
@@ -40,6 +50,29 @@ class VisionConfig:
     def tokens(self) -> int:
         """N: patches and the class token."""
         return (self.image_size // self.patch) ** 2 + 1
+
+
+class ConvolutionStem(nn.Sequential):
+    """[B, 3, H, W] to [B, D, H / patch, W / patch]: two strided convolutions, then one that takes a patch at a time.
+
+    Source: Xiao et al. 2021, "Early Convolutions Help Transformers See Better". Not a part of any published checkpoint.
+    """
+
+    def __init__(self, width: int, patch: int) -> None:
+        super().__init__(
+            nn.Conv2d(3, 32, kernel_size=5, stride=2, padding=2),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, kernel_size=5, stride=2, padding=2),
+            nn.ReLU(),
+            nn.Conv2d(64, width, kernel_size=patch // 4, stride=patch // 4),
+        )
+
+    def reset_parameters(self) -> None:
+        """He's initialisation: the scale of the pixels reaches the last convolution."""
+        for layer in self:
+            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
 
 
 class VisionTransformer(nn.Module):
@@ -52,7 +85,11 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         D = config.width
-        self.patch_embedding = nn.Conv2d(3, D, config.patch, stride=config.patch, bias=False)
+        self.patch_embedding = (
+            ConvolutionStem(D, config.patch)
+            if config.stem == "convolution"
+            else nn.Conv2d(3, D, config.patch, stride=config.patch, bias=False)
+        )
         self.class_embedding = nn.Parameter(torch.empty(D))
         self.position_embedding = nn.Parameter(torch.empty(config.tokens, D))
         self.pre_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
@@ -74,8 +111,11 @@ class VisionTransformer(nn.Module):
     def reset_parameters(self) -> None:
         """CLIP's initialisation: residual projections shrink with depth."""
         D, layers = self.config.width, self.config.layers
-        init_weights(self)
-        nn.init.normal_(self.patch_embedding.weight, std=(3 * self.config.patch**2) ** -0.5)
+        init_weights(self, D)
+        if isinstance(self.patch_embedding, ConvolutionStem):
+            self.patch_embedding.reset_parameters()
+        else:
+            nn.init.normal_(self.patch_embedding.weight, std=(3 * self.config.patch**2) ** -0.5)
         nn.init.normal_(self.class_embedding, std=D**-0.5)
         nn.init.normal_(self.position_embedding, std=D**-0.5)
         for block in self.blocks:

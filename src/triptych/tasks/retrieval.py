@@ -134,7 +134,8 @@ def evaluate_retrieval(
 
     ``matched`` is told of pairs as they are matched, of :func:`pairs_to_match` in all.
     """
-    similarity_TI = collection.text_TE @ collection.image_IE.T
+    with torch.autocast("cpu", enabled=False):  # in bf16 neighbours would tie
+        similarity_TI = collection.text_TE @ collection.image_IE.T
     images, texts = _Chunks(collection.images), _Chunks(collection.texts)
     k_images = min(config.candidates or 10, len(collection.records))
     k_texts = min(config.candidates or 10, len(collection.text))

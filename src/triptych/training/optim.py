@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule; the defaults are mPLUG-base's pre-training (X-PLUG/mPLUG configs, paper 5.1).
+    """The optimiser and its schedule; the defaults are mPLUG-base's pre-training (X-PLUG/mPLUG configs, paper 5.1).
 
     Attributes:
         lr: peak of everything but the vision encoder.
@@ -24,6 +25,8 @@ class OptimConfig:
         decay: which parameters get no weight decay: biases, norms and single vectors (``matrices``), or exactly what
             the official grouping spares (``official``): names with "bias" or "LayerNorm.weight", so that CLIP's norms,
             the class token, position tables and the temperature are decayed (optim/optim_factory.py:154-184).
+        muon_lr: peak of Muon, which then takes the matrices of the layers; embeddings, convolutions, norms and biases
+            stay with AdamW. From nothing it needs a fraction of AdamW's steps. ``None``, as the papers: AdamW alone.
         clip: gradient norm is cut to this.
     """
 
@@ -38,26 +41,79 @@ class OptimConfig:
     clip: float = 1.0
     schedule: Literal["cosine", "epoch_cosine"] = "cosine"
     decay: Literal["matrices", "official"] = "matrices"
+    muon_lr: float | None = None
 
 
-def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, in groups by learning rate and decay."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+class Optimizers:
+    """Optimisers that share the work of one step, and look like one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all of them."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        """Every one makes its step."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all, in order."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: it is of other optimisers.
+        """
+        if len(state["parts"]) != len(self.parts):
+            raise ValueError(f"the state of {len(state['parts'])} optimisers does not fit {len(self.parts)}")
+        for part, values in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(values)
+
+
+def build_optimizer(module: nn.Module, config: OptimConfig) -> Optimizers:
+    """AdamW, and Muon where ``muon_lr`` is set, over the trainable parameters in groups by learning rate and decay."""
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            vision = "vision." in name
-            groups.setdefault((vision, _decays(name, parameter, config)), []).append(parameter)
-    lr_of = {False: config.lr, True: config.lr if config.vision_lr is None else config.vision_lr}
-    described = [
-        {
-            "params": parameters,
-            "lr": lr_of[vision],
-            "peak_lr": lr_of[vision],
-            "weight_decay": config.weight_decay if decays else 0.0,
-        }
-        for (vision, decays), parameters in sorted(groups.items())
+            by_muon = config.muon_lr is not None and parameter.dim() == 2 and not _is_table(name)
+            groups.setdefault((by_muon, "vision." in name, _decays(name, parameter, config)), []).append(parameter)
+    vision_share = 1.0 if config.vision_lr is None else config.vision_lr / config.lr
+
+    def described(muon: bool) -> list[dict[str, Any]]:
+        rate = config.muon_lr if muon and config.muon_lr is not None else config.lr
+        return [
+            {
+                "params": parameters,
+                "lr": (peak := rate * (vision_share if vision else 1.0)),
+                "peak_lr": peak,
+                "weight_decay": config.weight_decay if decays else 0.0,
+            }
+            for (by_muon, vision, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+            if by_muon == muon
+        ]
+
+    parts: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(described(muon=False), betas=config.betas, eps=config.eps, fused=True)
     ]
-    return torch.optim.AdamW(described, betas=config.betas, eps=config.eps, fused=True)
+    if config.muon_lr is not None:
+        parts.append(torch.optim.Muon(described(muon=True), lr=config.muon_lr))
+    return Optimizers(*parts)
+
+
+def _is_table(name: str) -> bool:
+    """Whether a matrix is a table of embeddings: its rows are looked up, not multiplied with."""
+    return any(part in name for part in ("embeddings.", "position_embedding", "word.weight"))
 
 
 def _decays(name: str, parameter: nn.Parameter, config: OptimConfig) -> bool:
@@ -80,9 +136,7 @@ def learning_rate(config: OptimConfig, peak: float, step: int, steps: int, steps
     return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps: int, steps_per_epoch: int
-) -> float:
+def set_learning_rate(optimizer: Optimizers, config: OptimConfig, step: int, steps: int, steps_per_epoch: int) -> float:
     """Set every group's rate for a step and return the first group's."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, group["peak_lr"], step, steps, steps_per_epoch)

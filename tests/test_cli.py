@@ -1,0 +1,180 @@
+"""The installed command from end to end: a newcomer's session on a few generated pictures."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from triptych import cli
+
+SHORT = ["--steps", "2", "--batch-size", "4", "--precision", "fp32"]
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Calls the command and gives what it printed to stdout, which must be JSON and nothing else."""
+
+    def call(*arguments: object) -> Any:
+        capsys.readouterr()
+        cli.main([str(argument) for argument in arguments])
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Calls the command, which must end with code 2, and gives the one line that says why."""
+
+    def call(*arguments: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert ended.value.code == 2
+        assert out == ""
+        assert "Traceback" not in err
+        return err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 16 training and 6 test scenes, and two of the pictures as files."""
+    folder = tmp_path_factory.mktemp("world")
+    cli.main(["data", "shapes", str(folder), "--train", "16", "--test", "6", "--compositions", "2", "--size", "48"])
+    for number, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (60, 40), colour).save(folder / f"{colour}-{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(world: Path) -> Path:
+    """A model pre-trained for two steps."""
+    folder = world / "pretrained"
+    cli.main(["pretrain", "shapes_tiny", "--data", str(world / "train-*.tar"), "--folder", str(folder), *SHORT])
+    return folder / "model"
+
+
+def test_shapes_says_what_it_wrote(run: Run, tmp_path: Path) -> None:
+    written = run("data", "shapes", tmp_path, "--train", 3, "--test", 2, "--compositions", 0)
+    assert set(written) == {"train", "test"}
+    assert all(Path(path).exists() for paths in written.values() for path in paths)
+    assert run("data", "check", written["train"][0])["samples"] == 3
+
+
+def test_pretraining_evaluates_and_goes_on(run: Run, world: Path, tmp_path: Path) -> None:
+    command = ["pretrain", "shapes_tiny", "--data", world / "train-*.tar", "--folder", tmp_path, *SHORT]
+    command += ["--evaluate-data", world / "test-*.tar"]
+    result = run(*command)
+    assert result["finished"]
+    assert result["step"] == 2
+    assert {"mean", "t2i_r1", "CIDEr"} <= set(result["metrics"])
+    log = (tmp_path / "log.jsonl").read_bytes()
+    assert run(*command)["step"] == 2  # nothing is left to do
+    assert (tmp_path / "log.jsonl").read_bytes() == log
+    longer = run(*command, "--steps", 3)
+    assert longer["step"] == 3
+
+
+@pytest.mark.parametrize("task", ["caption", "retrieval"])
+def test_finetuning_starts_from_a_checkpoint(
+    run: Run, world: Path, pretrained: Path, task: str, tmp_path: Path
+) -> None:
+    result = run(
+        *("finetune", task, "shapes_tiny", "--start", pretrained, "--data", world / "train-*.tar"),
+        *("--evaluate-data", world / "test-*.tar", "--folder", tmp_path, *SHORT),
+    )
+    assert result["finished"]
+    assert ("CIDEr" if task == "caption" else "t2i_r1") in result["metrics"]
+    tokenizers = [(folder / "tokenizer.json").read_bytes() for folder in (pretrained, tmp_path / "model")]
+    assert tokenizers[0] == tokenizers[1]
+
+
+def test_captions_are_evaluated_and_scored_alike(run: Run, world: Path, pretrained: Path, tmp_path: Path) -> None:
+    common = ["evaluate", "caption", "--checkpoint", pretrained, "--data", world / "test-*.tar"]
+    scores = run(*common, "--predictions", tmp_path / "captions.json")
+    assert {"Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr"} <= set(scores)
+    assert len(json.loads((tmp_path / "captions.json").read_text())) == 6
+    assert set(run(*common, "--blank", "--limit", 3)) == set(scores)
+
+
+def test_retrieval_is_evaluated(run: Run, world: Path, pretrained: Path) -> None:
+    scores = run("evaluate", "retrieval", "--checkpoint", pretrained, "--data", world / "test-*.tar")
+    assert scores["t2i_r10"] == 100  # of six pictures
+    assert 0 <= scores["t2i_r1"] <= 100
+
+
+def test_predictions_come_a_picture_a_line(world: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [str(path) for path in sorted(world.glob("*.png"))]
+    cli.main(["predict", "caption", *paths, "--checkpoint", str(pretrained), "--beams", "2"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["image"] for line in lines] == paths
+    assert all(isinstance(line["caption"], str) for line in lines)
+
+
+def test_scores_of_captions_that_another_program_wrote(run: Run, tmp_path: Path) -> None:
+    references = {
+        "images": [{"id": 1}, {"id": 2}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "caption": "A dog runs on the beach."},
+            {"id": 2, "image_id": 2, "caption": "Two cats sleep on a sofa."},
+        ],
+    }
+    results = [{"image_id": 1, "caption": "a dog runs on the beach"}, {"image_id": 2, "caption": "a red car"}]
+    for name, value in (("references", references), ("results", results)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    files = ["--references", tmp_path / "references.json", "--predictions", tmp_path / "results.json"]
+    scores = run("score", "captions", *files)
+    assert list(scores)[:4] == ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4"]
+    # 7 of 9 words: "a dog runs on the beach" and the "a" of the other.
+    assert scores["Bleu_1"] == pytest.approx(7 / 9 * 2.718281828 ** (1 - 12 / 9), abs=1e-4)
+
+
+def test_mistakes_are_one_line(fails: Callable[..., str], world: Path, pretrained: Path, tmp_path: Path) -> None:
+    data = ["--data", world / "train-*.tar", "--folder", tmp_path]
+    assert "no recipe 'lettuce'" in fails("pretrain", "lettuce", *data)
+    assert "missing-*.tar" in fails("pretrain", "shapes_tiny", "--data", world / "missing-*.tar", "--folder", tmp_path)
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes(b"not a checkpoint")
+    assert "broken.pth" in fails("convert", broken, tmp_path / "converted", "--from", "mplug")
+    assert "nothing-here" in fails("evaluate", "retrieval", "--checkpoint", tmp_path / "nothing-here", *data[:2])
+    assert "nowhere.png" in fails("predict", "caption", tmp_path / "nowhere.png", "--checkpoint", pretrained)
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS), ["data", "shapes"], ["data", "check"]])
+def test_help_explains_every_option(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, "--help"])
+    assert ended.value.code == 0
+    assert "usage: triptych" in capsys.readouterr().out
+
+
+def test_torchrun_starts_processes_that_train_together(world: Path, tmp_path: Path) -> None:
+    """One of them prints and logs; that the arithmetic is one process's is tested with the objectives."""
+    common = ["pretrain", "shapes_tiny", "--data", str(world / "train-*.tar"), "--steps", "1", "--precision", "fp32"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ended = subprocess.run(
+        [sys.executable, *launcher, "-m", "triptych", *common, "--batch-size", "4", "--folder", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout)
+    assert result["finished"]
+    logged = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in logged] == [1]
+    assert (tmp_path / "two" / "model" / "model.safetensors").exists()
+    assert len(list((tmp_path / "two" / "checkpoints" / "step-00000001").glob("rank-*.pt"))) == 2
