@@ -40,17 +40,17 @@ def record(name: str, kinds: list[str], *captions: str) -> Record:
 
 def test_everything_is_there(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
-    assert names == {"data", "demo.json", "run", "pictures", "results.json", "report.html"}
-    assert len(read_log(finished / "run")) == 2
+    assert names == {"data", "demo.json", "pretraining", "captioning", "pictures", "results.json", "report.html"}
+    assert len(read_log(finished / "pretraining")) == len(read_log(finished / "captioning")) == 2
     pictures = sorted((finished / "pictures").iterdir())
     assert [path.name for path in pictures] == [f"test-{number}.png" for number in range(1, 7)]
     first = shapes.distinct_scenes(Split.TEST, 1, config=shapes.ShapesConfig(max_objects=TINY.max_objects))[0]
-    size = TINY.recipe().data.preprocessing.image_size
+    size = TINY.pretraining().data.preprocessing.image_size
     assert np.array_equal(np.asarray(Image.open(pictures[0])), shapes.render(first, size))
 
 
 def test_the_model_captions_the_pictures(finished: Path) -> None:
-    predictor = Predictor.load(finished / "run" / "model")
+    predictor = Predictor.load(finished / "captioning" / "model")
     paths = sorted((finished / "pictures").iterdir())
     assert [path for path, _ in predictor.caption_files(paths)] == paths
 
@@ -58,7 +58,7 @@ def test_the_model_captions_the_pictures(finished: Path) -> None:
 def test_results_have_baselines(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     assert results["quick"] is True
-    assert results["steps"] == 2
+    assert [training["steps"] for training in results["trainings"].values()] == [2, 2]
     assert "--quick" in results["command"]
     assert set(results["splits"]) == {"test", "compositions"}
     for split in results["splits"].values():
@@ -96,14 +96,15 @@ def test_the_end_says_what_to_do_next(finished: Path, capsys: pytest.CaptureFixt
 
 def test_again_nothing_is_made_twice(finished: Path) -> None:
     def made() -> dict[str, int]:
-        kept = [*(finished / "data").iterdir(), *(finished / "run" / "checkpoints").iterdir()]
+        runs = (finished / "pretraining" / "checkpoints", finished / "captioning" / "checkpoints")
+        kept = [path for folder in (finished / "data", *runs) for path in folder.iterdir()]
         return {str(path): path.stat().st_mtime_ns for path in kept}
 
-    before, log = made(), (finished / "run" / "log.jsonl").read_text()
-    assert len(before) == 4
+    before, log = made(), (finished / "captioning" / "log.jsonl").read_text()
+    assert len(before) == 5
     assert demo.main(["--folder", str(finished), "--quick"]) == 0
     assert made() == before
-    assert (finished / "run" / "log.jsonl").read_text() == log
+    assert (finished / "captioning" / "log.jsonl").read_text() == log
 
 
 def test_a_folder_of_another_size_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,8 +190,8 @@ def test_exact_share_and_its_chance() -> None:
 
 
 def test_fewer_steps_have_a_shorter_warmup() -> None:
-    whole = shapes_demo.DemoConfig().recipe()
-    short = shapes_demo.DemoConfig(steps=whole.train.steps // 10).recipe()
+    whole = shapes_demo.DemoConfig().pretraining()
+    short = shapes_demo.DemoConfig(steps=whole.train.steps // 10).pretraining()
     assert short.train.steps == whole.train.steps // 10
     assert short.optim.warmup_steps == round(whole.optim.warmup_steps / 10)
-    assert shapes_demo.QUICK.recipe().train.steps == shapes_demo.QUICK.steps
+    assert shapes_demo.QUICK.captioning().train.steps == shapes_demo.QUICK.steps

@@ -38,9 +38,8 @@ def test_every_recipe_is_whole(function: Callable[[], Recipe]) -> None:
 @pytest.mark.parametrize("name", list(recipes.PRETRAINING))
 def test_pretraining_recipes_state_their_command(name: str) -> None:
     text = inspect.getdoc(recipes.PRETRAINING[name]) or ""
-    assert f"pretrain {name}" in " ".join(text.split()) or f"``{name}" in text
-    assert "ardware" in text
-    assert "Expect" in text
+    for part in ("ommand", "ardware", "Expect"):
+        assert part in text
 
 
 def test_every_task_has_a_laptop_size() -> None:

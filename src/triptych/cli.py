@@ -202,7 +202,7 @@ def score(
 def predict(
     task: Positional[Literal["caption"]],
     images: Positional[tuple[Path, ...]],
-    checkpoint: Path = Path("demo/run/model"),
+    checkpoint: Path = Path("demo/captioning/model"),
     beams: int | None = None,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
 ) -> None:

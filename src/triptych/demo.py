@@ -1,9 +1,10 @@
-"""What ``make demo`` runs: pre-train a small mPLUG on the built-in world, evaluate it, and write a report.
+"""What ``make demo`` runs: pre-train a small mPLUG on the built-in world, fine-tune it for captions, and report.
 
 Everything is kept in one folder, and the same command goes on where it was interrupted:
 
     data/         the Shapes world as tar shards: train, test, and compositions that training never shows
-    run/          the training run: log, checkpoints, and at the end model/
+    pretraining/  the first training: log, checkpoints, and at the end model/
+    captioning/   the second, from that model
     pictures/     a few test pictures to try the model on
     results.json  all numbers
     report.html   the report

@@ -1,4 +1,4 @@
-"""The steps of the demo: the Shapes world, a small mPLUG pre-trained on it, its evaluation, and a report.
+"""The steps of the demo: the Shapes world, a small mPLUG pre-trained on it and fine-tuned for captions, and a report.
 
 ``triptych.demo`` is the command. Every step leaves what is done already as it is.
 """
@@ -27,7 +27,7 @@ from triptych.data.sources import open_source
 from triptych.metrics.captions import score_captions
 from triptych.predict import Predictor
 from triptych.progress import progress
-from triptych.recipes.shapes import shapes_tiny
+from triptych.recipes.shapes import caption_shapes_tiny, shapes_tiny
 from triptych.report import Captioned, Column, Figure, PictureSearch, Rows, Section, TextSearch
 from triptych.tasks.captioning import CaptionReport, evaluate_captions
 from triptych.tasks.retrieval import RetrievalReport, encode_collection, evaluate_retrieval, pairs_to_match
@@ -48,7 +48,7 @@ class DemoConfig:
         train: training scenes.
         test, compositions: scenes to evaluate on, no two of a split with the same first caption.
         max_objects: scenes have 1 to so many.
-        steps: of training; by default the recipe's.
+        steps: of each training; by default the recipes'.
         quick: too small to learn anything; only a test that everything runs.
     """
 
@@ -59,14 +59,34 @@ class DemoConfig:
     steps: int | None = None
     quick: bool = False
 
-    def recipe(self) -> Recipe:
+    def pretraining(self) -> Recipe:
         """``shapes_tiny``, with fewer steps where the demo has fewer."""
-        recipe = shapes_tiny()
+        return self._shortened(shapes_tiny())
+
+    def captioning(self) -> Recipe:
+        """``caption_shapes_tiny``, likewise."""
+        return self._shortened(caption_shapes_tiny())
+
+    def _shortened(self, recipe: Recipe) -> Recipe:
         if self.steps is None:
             return recipe
         train = replace(recipe.train, steps=self.steps, log_every=min(recipe.train.log_every, 5))
         warmup = round(recipe.optim.warmup_steps * self.steps / recipe.train.steps)
         return replace(recipe, train=train, optim=replace(recipe.optim, warmup_steps=warmup))
+
+
+@dataclass(frozen=True)
+class Training:
+    """One of the demo's trainings, done: its name, its recipe, and the folder of its run."""
+
+    name: str
+    recipe: Recipe
+    folder: Path
+
+    @property
+    def seconds(self) -> float | None:
+        """How long its steps took, if its log tells."""
+        return report.training_seconds(read_log(self.folder), self.recipe.train.steps)
 
 
 QUICK = DemoConfig(train=500, test=30, compositions=30, steps=12, quick=True)
@@ -102,25 +122,30 @@ def run_demo(folder: Path, config: DemoConfig, command: str) -> Mapping[Split, E
     Raises:
         ValueError: the folder holds a demo of another size, or of another version's recipe.
     """
-    recipe = config.recipe()
-    _claim(folder, {"demo": asdict(config), "recipe": asdict(recipe)})
+    recipes = {"pretraining": config.pretraining(), "captioning": config.captioning()}
+    _claim(folder, {"demo": asdict(config), **{name: asdict(recipe) for name, recipe in recipes.items()}})
     shards = write_world(folder / "data", config)
-    sys.stderr.write(f"pre-training {recipe.name}: {recipe.train.steps} steps of {recipe.train.batch_size} pictures\n")
-    recipe = replace(recipe, data=replace(recipe.data, train=tuple(map(str, shards[Split.TRAIN])), evaluate=()))
-    with process_group() as process:
-        run = run_recipe(recipe, folder / "run", process)
-    if not run.outcome.finished:
-        return None
-    predictor = Predictor.load(run.model_folder)
+    models: dict[str, Path] = {}
+    for name, recipe in recipes.items():
+        data = replace(recipe.data, train=tuple(map(str, shards[Split.TRAIN])), evaluate=())
+        start = (str(models["pretraining"]),) if models else ()
+        train = recipe.train
+        sys.stderr.write(f"{name}, {recipe.name}: {train.steps} steps of {train.batch_size} pictures\n")
+        with process_group() as process:
+            run = run_recipe(replace(recipe, data=data, start=start), folder / name, process)
+        if not run.outcome.finished:
+            return None
+        models[name] = run.model_folder
+    matcher, captioner = (Predictor.load(models[name]) for name in recipes)
     evaluations = {
-        split: evaluate(predictor, list(map(str, shards[split])), str(split))
+        split: evaluate(matcher, captioner, list(map(str, shards[split])), str(split))
         for split in (Split.TEST, Split.COMPOSITIONS)
     }
-    seconds = report.training_seconds(read_log(folder / "run"), recipe.train.steps)
-    results = collect_results(config, recipe, evaluations, seconds, command)
+    trainings = [Training(name, recipe, folder / name) for name, recipe in recipes.items()]
+    results = collect_results(config, trainings, evaluations, command)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     save_pictures(folder / "pictures", evaluations[Split.TEST].records)
-    compose_report(folder, config, recipe, predictor, evaluations, seconds, command)
+    compose_report(folder, config, trainings, matcher, evaluations, command)
     return evaluations
 
 
@@ -142,7 +167,7 @@ def _claim(folder: Path, settings: Mapping[str, object]) -> None:
 def write_world(folder: Path, config: DemoConfig) -> dict[Split, list[Path]]:
     """The shards of each split; those that are complete already are left as they are."""
     counts = {Split.TRAIN: config.train, Split.TEST: config.test, Split.COMPOSITIONS: config.compositions}
-    world, size = ShapesConfig(max_objects=config.max_objects), config.recipe().data.preprocessing.image_size
+    world, size = ShapesConfig(max_objects=config.max_objects), config.pretraining().data.preprocessing.image_size
     return {
         split: write_shards(
             folder,
@@ -158,16 +183,16 @@ def write_world(folder: Path, config: DemoConfig) -> dict[Split, list[Path]]:
     }
 
 
-def evaluate(predictor: Predictor, shards: Sequence[str], name: str) -> Evaluation:
-    """Captions and retrieval on shards: by the model, by the model shown a grey picture, and by chance."""
+def evaluate(matcher: Predictor, captioner: Predictor, shards: Sequence[str], name: str) -> Evaluation:
+    """Captions and retrieval on shards: by the models, by the models shown a grey picture, and by chance."""
     records = [replace(record, captions=record.captions[:1]) for record in open_source(shards)]
     started = time.perf_counter()
-    captions = _caption(predictor, shards, name, len(records), blank=False)
+    captions = _caption(captioner, shards, name, len(records), blank=False)
     captioned = time.perf_counter()
-    retrieval = _retrieve(predictor, shards, name, len(records), blank=False)
+    retrieval = _retrieve(matcher, shards, name, len(records), blank=False)
     retrieved = time.perf_counter()
-    blind_captions = _caption(predictor, shards, name, len(records), blank=True)
-    blind_retrieval = _retrieve(predictor, shards, name, len(records), blank=True)
+    blind_captions = _caption(captioner, shards, name, len(records), blank=True)
+    blind_retrieval = _retrieve(matcher, shards, name, len(records), blank=True)
     return Evaluation(
         records,
         captions,
@@ -253,19 +278,21 @@ def chance_level(records: Sequence[Record], references: Mapping[str, Sequence[st
 
 
 def collect_results(
-    config: DemoConfig,
-    recipe: Recipe,
-    evaluations: Mapping[Split, Evaluation],
-    training_seconds: float | None,
-    command: str,
+    config: DemoConfig, trainings: Sequence[Training], evaluations: Mapping[Split, Evaluation], command: str
 ) -> dict[str, object]:
     """Everything that results.json holds."""
     return {
         "command": command,
         "quick": config.quick,
-        "recipe": recipe.name,
-        "steps": recipe.train.steps,
-        "training_seconds": training_seconds,
+        "trainings": {
+            training.name: {
+                "recipe": training.recipe.name,
+                "steps": training.recipe.train.steps,
+                "batch": training.recipe.train.batch_size,
+                "seconds": training.seconds,
+            }
+            for training in trainings
+        },
         "environment": report.environment(),
         "splits": {
             str(split): {
@@ -322,34 +349,36 @@ def save_pictures(folder: Path, records: Sequence[Record], count: int = 8) -> No
 def compose_report(
     folder: Path,
     config: DemoConfig,
-    recipe: Recipe,
-    predictor: Predictor,
+    trainings: Sequence[Training],
+    matcher: Predictor,
     evaluations: Mapping[Split, Evaluation],
-    training_seconds: float | None,
     command: str,
 ) -> Path:
     """Write report.html."""
-    curves, speed, *rest = report.run_sections(folder / "run")
+    pretraining, captioning = trainings
+    curves, speed, *rest = report.run_sections(pretraining.folder)
     test, compositions = evaluations[Split.TEST], evaluations[Split.COMPOSITIONS]
     sections: list[Section] = [
-        _headline(test, compositions, training_seconds),
+        _headline(test, compositions, trainings),
         _results(evaluations),
         _caption_section("Captions of test pictures", test.records[:_SHOWN], test),
         _caption_section("Captions of new compositions", compositions.records[: _SHOWN // 2], compositions),
         *_mistakes(evaluations),
         _picture_searches(test),
         _text_searches(test),
-        _attention(predictor, test),
+        _attention(matcher, test),
         curves,
+        report.curves_of(read_log(captioning.folder), "Training curves of the captions"),
         speed,
         _evaluation_speed(evaluations),
         *rest,
         report.Commands("Commands", (("This report:", command), *next_steps(folder))),
     ]
     lead = (
-        f"{recipe.name}: mPLUG with {sum(p.numel() for p in predictor.model.parameters()) / 1e6:.1f} million "
-        f"parameters, pre-trained from scratch for {recipe.train.steps:,} steps of {recipe.train.batch_size} pictures "
-        f"on {config.train:,} generated scenes. No test scene has a set of objects that training shows; each scene of "
+        f"mPLUG with {sum(p.numel() for p in matcher.model.parameters()) / 1e6:.1f} million parameters, pre-trained "
+        f"from nothing for {_length(pretraining)} on {config.train:,} generated scenes, then fine-tuned for captions "
+        f"for {_length(captioning)}. Retrieval and attention are of the pre-trained network, captions of the "
+        "fine-tuned. No test scene has a set of objects that training shows; each scene of "
         "the compositions has a colour and a shape that training never shows together."
     )
     warning = (
@@ -362,7 +391,11 @@ def compose_report(
     )
 
 
-def _headline(test: Evaluation, compositions: Evaluation, seconds: float | None) -> Section:
+def _length(training: Training) -> str:
+    return f"{training.recipe.train.steps:,} steps of {training.recipe.train.batch_size} pictures"
+
+
+def _headline(test: Evaluation, compositions: Evaluation, trainings: Sequence[Training]) -> Section:
     def figure(found: Evaluation, name: str, label: str) -> Figure:
         compared = f"blind {_percent(found.blind[name])}, chance\N{NO-BREAK SPACE}{_percent(found.chance[name])}"
         return Figure(_percent(found.scores[name]), label, compared)
@@ -373,10 +406,11 @@ def _headline(test: Evaluation, compositions: Evaluation, seconds: float | None)
         figure(test, "t2i_r1", f"of the test texts find their picture first among {len(test.records)}"),
         figure(test, "i2t_r1", f"of the test pictures find their text first among {len(test.records)}"),
     ]
-    if seconds is not None:
+    seconds = [training.seconds for training in trainings]
+    if None not in seconds:
         facts = report.environment()
         where = facts.get("GPU", f"threads: {facts['threads']}")
-        figures.append(Figure(report.duration(seconds), "of training", where))
+        figures.append(Figure(report.duration(sum(filter(None, seconds))), "of training", where))
     return report.Figures("At a glance", tuple(figures))
 
 
@@ -489,7 +523,7 @@ def _evaluation_speed(evaluations: Mapping[Split, Evaluation]) -> Section:
 def next_steps(folder: Path) -> tuple[tuple[str, str], ...]:
     """What to do after the demo: what it is good for, and the command."""
     tool = _tool()
-    model = "" if folder == Path("demo") else f" --checkpoint {shlex.quote(str(folder / 'run' / 'model'))}"
+    model = "" if folder == Path("demo") else f" --checkpoint {shlex.quote(str(folder / 'captioning' / 'model'))}"
     pictures = f"{shlex.quote(str(folder / 'pictures'))}/*.png"
     return (
         ("Caption pictures with this model:", f"{tool} predict caption {pictures}{model}"),

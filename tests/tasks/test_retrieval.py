@@ -40,7 +40,7 @@ def pictures() -> Iterator[tuple[list[Record], Tensor]]:
     """Nine pictures with two captions each, in batches of four."""
     generator = torch.Generator().manual_seed(1)
     pixels_BCHW = torch.randint(0, 256, (PICTURES, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    texts = [" ".join(WORDS[(3 * i + j) % 8] for j in range(1 + i % 4)) for i in range(PICTURES * CAPTIONS)]
+    texts = [f"{WORDS[i % 8]} {WORDS[i // 8]}" + " star" * (i % 3) for i in range(PICTURES * CAPTIONS)]  # all different
     records = [Record(str(i), None, tuple(texts[CAPTIONS * i : CAPTIONS * (i + 1)]), str(i)) for i in range(PICTURES)]
     for start in range(0, PICTURES, 4):
         yield records[start : start + 4], pixels_BCHW[start : start + 4]

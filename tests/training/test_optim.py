@@ -115,7 +115,7 @@ def test_a_saved_state_goes_on_as_if_never_saved() -> None:
     config = dataclasses.replace(CONFIG, vision_lr=None, muon_lr=0.05)
 
     def step(layer: nn.Linear, optimizer: object) -> None:
-        layer(torch.ones(2, 4)).square().sum().backward()
+        layer(torch.eye(4)).square().sum().backward()
         optimizer.step()  # type: ignore[attr-defined]
         optimizer.zero_grad()  # type: ignore[attr-defined]
 

@@ -24,7 +24,7 @@ Box = tuple[int, int, int, int]
 
 GRID = 3
 SIZES = ("small", "large")
-RADII = {"small": 0.075, "large": 0.13}
+RADII = {"small": 0.09, "large": 0.145}
 COLOUR_RGB = {
     "red": (215, 30, 35),
     "green": (35, 160, 65),

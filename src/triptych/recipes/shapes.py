@@ -39,7 +39,7 @@ def shapes_tiny() -> Recipe:
             max_tokens=_WORDS + 2,
             evaluate_limit=200,
         ),
-        train=TrainConfig(steps=1600, batch_size=32, log_every=50, checkpoint_every=200),
+        train=TrainConfig(steps=600, batch_size=64, log_every=25, checkpoint_every=200),
         optim=OptimConfig(
             lr=8e-4, vision_lr=None, muon_lr=0.01, min_lr=1e-5, warmup_lr=1e-5, warmup_steps=50, weight_decay=0.02
         ),
@@ -49,14 +49,16 @@ def shapes_tiny() -> Recipe:
 
 
 def caption_shapes_tiny() -> Recipe:
-    """Captions from the picture alone (mPLUG's fine-tuning), starting from :func:`shapes_tiny`; a minute."""
+    """Captions from the picture alone (mPLUG's fine-tuning), starting from :func:`shapes_tiny`; four minutes.
+
+    The rates are those of pre-training: what is still to be learned, telling shapes apart, is in the vision encoder.
+    """
     recipe = shapes_tiny()
     return replace(
         recipe,
         name="caption_shapes_tiny",
         objective=CaptioningConfig(context="image", search=BeamSearch(3, 1, _WORDS + 2)),
-        train=replace(recipe.train, steps=200),
-        optim=replace(recipe.optim, lr=3e-4, muon_lr=3e-3, warmup_steps=20),
+        train=replace(recipe.train, steps=1600, log_every=50, checkpoint_every=400),
     )
 
 
