@@ -4,7 +4,7 @@
 
 mPLUG with all four objectives, momentum teacher and full queue: forward, backward, clipping and AdamW, on random pixels
 and words. The base size has its own sizes (256 pixels, 25 tokens) at batch 4, with and without recomputing activations;
-the tiny size is a step of the recipe ``shapes_tiny`` (64 pixels, batch 64, up to 34 tokens). Each in fp32 and in bf16
+the tiny size is a step of the recipe ``shapes_tiny`` (48 pixels, batch 64, up to 34 tokens). Each in fp32 and in bf16
 autocast, in a process of its own so that its peak memory is its own.
 
 "GFLOP" counts what was computed, recomputed activations included; norms, activations, softmax and the optimiser count

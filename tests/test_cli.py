@@ -68,7 +68,7 @@ def test_shapes_says_what_it_wrote(run: Run, tmp_path: Path) -> None:
     written = run("data", "shapes", tmp_path, "--train", 3, "--test", 2, "--compositions", 0)
     assert set(written) == {"train", "test"}
     assert all(Path(path).exists() for paths in written.values() for path in paths)
-    assert run("data", "check", written["train"][0])["samples"] == 3
+    assert run("data", "check", written["train"][0])["pictures"] == 3
 
 
 def test_pretraining_evaluates_and_goes_on(run: Run, world: Path, tmp_path: Path) -> None:

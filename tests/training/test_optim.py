@@ -1,5 +1,6 @@
 """Which parameter goes to which optimiser, at which rate, with which decay."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -123,15 +124,15 @@ def test_a_saved_state_goes_on_as_if_never_saved() -> None:
     layer = nn.Linear(4, 4)
     optimizer = build_optimizer(layer, config)
     step(layer, optimizer)
-    copy = nn.Linear(4, 4)
-    copy.load_state_dict(layer.state_dict())
-    resumed = build_optimizer(copy, config)
-    resumed.load_state_dict(optimizer.state_dict())
+    other = nn.Linear(4, 4)
+    other.load_state_dict(layer.state_dict())
+    resumed = build_optimizer(other, config)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     before = layer.weight.detach().clone()
     step(layer, optimizer)
-    step(copy, resumed)
+    step(other, resumed)
     assert not torch.equal(before, layer.weight)
-    torch.testing.assert_close(dict(copy.named_parameters()), dict(layer.named_parameters()), rtol=0, atol=0)
+    torch.testing.assert_close(dict(other.named_parameters()), dict(layer.named_parameters()), rtol=0, atol=0)
 
 
 def test_a_state_of_other_optimisers_is_refused() -> None:
