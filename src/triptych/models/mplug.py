@@ -256,7 +256,7 @@ _TINY_TEXT = TextConfig(
     max_positions=64,
     dropout=0.0,
     attention_dropout=0.0,
-    activation="quick_gelu",  # on a CPU a third of the time of GELU, which was a tenth of a step
+    activation="quick_gelu",  # on a CPU GELU and its gradient took 12 % of a step
 )
 
 SIZES: dict[str, MPlugConfig] = {
