@@ -1,5 +1,7 @@
 """Captioning: the loss, what the decoder looks at, prompts, and the report."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -9,9 +11,7 @@ from triptych.data.samples import Record
 from triptych.data.tokenizers import Tokenizer, train_wordpiece
 from triptych.data.transforms import HALF, Preprocessing
 from triptych.generation import BeamSearch
-from triptych.models.mplug import MPlug, MPlugConfig
-from triptych.models.text import TextConfig
-from triptych.models.vision import VisionConfig
+from triptych.models.mplug import MPlug
 from triptych.tasks.captioning import Captioning, CaptioningConfig, evaluate_captions
 
 PIXELS = Preprocessing(16, HALF, HALF)
@@ -24,12 +24,8 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-def model(tokenizer: Tokenizer) -> MPlug:
-    torch.manual_seed(0)
-    text = TextConfig(tokenizer.vocab_size, width=16, heads=2, ffn=32, max_positions=32)
-    vision = VisionConfig(width=16, layers=1, heads=2, patch=8, image_size=16)
-    sizes = {"text_layers": 1, "fusion_layers": 2, "decoder_layers": 1, "stride": 1, "embed_dim": 8}
-    return MPlug(MPlugConfig(vision, text, **sizes)).eval()
+def model(tokenizer: Tokenizer, build_model: Callable[[Tokenizer], MPlug]) -> MPlug:
+    return build_model(tokenizer)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Retrieval: what is encoded, ranking by embeddings, re-ranking, and recalls against a brute-force ranking."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -11,9 +11,7 @@ from torch import Tensor
 from triptych.data.samples import Record
 from triptych.data.tokenizers import Tokenizer, train_wordpiece
 from triptych.data.transforms import HALF, Preprocessing
-from triptych.models.mplug import MPlug, MPlugConfig
-from triptych.models.text import TextConfig
-from triptych.models.vision import VisionConfig
+from triptych.models.mplug import MPlug
 from triptych.tasks.retrieval import Collection, RetrievalConfig, encode_collection, evaluate_retrieval, pairs_to_match
 
 PIXELS = Preprocessing(16, HALF, HALF)
@@ -28,12 +26,8 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer: Tokenizer) -> MPlug:
-    torch.manual_seed(0)
-    text = TextConfig(tokenizer.vocab_size, width=16, heads=2, ffn=32, max_positions=32)
-    vision = VisionConfig(width=16, layers=1, heads=2, patch=8, image_size=16)
-    sizes = {"text_layers": 1, "fusion_layers": 2, "decoder_layers": 1, "stride": 1, "embed_dim": 8}
-    return MPlug(MPlugConfig(vision, text, **sizes)).eval()
+def model(tokenizer: Tokenizer, build_model: Callable[[Tokenizer], MPlug]) -> MPlug:
+    return build_model(tokenizer)
 
 
 def pictures() -> Iterator[tuple[list[Record], Tensor]]:

@@ -327,7 +327,7 @@ def init_weights(module: nn.Module, width: int = 768) -> None:
     """BERT's initialisation: linear and embedding weights N(0, std), biases 0, norms 1 and 0.
 
     BERT's std of 0.02 belongs to its ``width`` of 768. Narrower networks get the std with which a layer passes on as
-    much variance: with 0.02 their attention stays uniform for thousands of steps.
+    much variance.
     """
     std = 0.02 * (768 / width) ** 0.5
     for part in module.modules():

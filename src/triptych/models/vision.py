@@ -25,7 +25,7 @@ class VisionConfig:
         image_size: pixels of a side, a multiple of ``patch``; sets the size of the position table.
         attention_dropout: mPLUG's code trains with 0.1 here, OpenAI's with 0.
         stem: what makes a state of a patch: ``patch`` is one linear map, as published; ``convolution`` is three
-            convolutions (:class:`ConvolutionStem`), which learn from far fewer pictures.
+            convolutions (:class:`ConvolutionStem`), which learn from fewer pictures.
     """
 
     width: int
