@@ -33,13 +33,18 @@ class PretrainingConfig(AlignmentConfig):
     """Settings of the four objectives; the defaults are the paper's.
 
     Attributes:
-        distill_language: whether MLM and PrefixLM have a teacher (ITC always has).
+        distill_language: whether MLM and PrefixLM, too, learn from the teacher.
         weights: of ITC, ITM, MLM and PrefixLM; the paper's sum is unweighted.
     """
 
     mlm_probability: float = 0.15
     distill_language: bool = True
     weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.momentum is None and self.distill_language:
+            raise ValueError("without a teacher (momentum None) distill_language must be off")
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Pretraining(Alignment):
 
     def forward(self, batch: ImageTextBatch, step: int, part: int = 0) -> dict[str, Tensor]:
         """Losses by name, each already weighted; their sum is what is minimised."""
-        model, teacher, config = self.model, self.teacher.model, self.config
+        model, config = self.model, self.config
         assert isinstance(batch, PretrainingBatch)
         pixels_BCHW, alpha = self._begin(batch, step, part)
         B = len(batch)
@@ -90,12 +95,9 @@ class Pretraining(Alignment):
         texts = Tokens.stack([batch.text, masked_text, batch.prefix], self.text_ids.pad)
         image = model.encode_image(pixels_BCHW)
         text = model.encode_text(texts.ids_BL, texts.mask_BL)
-        with torch.no_grad():
-            image_m = teacher.encode_image(pixels_BCHW)
-            rows_m = slice(0, 3 * B) if config.distill_language else whole
-            text_m = teacher.encode_text(texts.ids_BL[rows_m], texts.mask_BL[rows_m])
+        taught = self._taught(pixels_BCHW, texts if config.distill_language else batch.text)
 
-        contrast = self._contrast(batch, image, text.rows(whole), image_m, text_m.rows(whole), alpha)
+        contrast = self._contrast(batch, image, text.rows(whole), taught, alpha)
         pairs = self._draw_pairs(image, text.rows(whole), contrast, StepNoise(self.seed, step, part))
         own_B = pairs.image_rows[:B]
         fused = model.fuse(
@@ -104,10 +106,10 @@ class Pretraining(Alignment):
             torch.cat([pairs.image_rows, own_B, own_B]),
         )
         fused_m = None
-        if config.distill_language:
+        if taught is not None and config.distill_language:
             with torch.no_grad():
                 local_B = torch.arange(B, device=own_B.device)
-                fused_m = teacher.fuse(image_m, text_m.rows(slice(B, 3 * B)), local_B.repeat(2))
+                fused_m = taught.model.fuse(taught.image, taught.text.rows(slice(B, 3 * B)), local_B.repeat(2))
         fused_masked, fused_prefix = fused.rows(slice(3 * B, 4 * B)), fused.rows(slice(4 * B, 5 * B))
         masked_m = None if fused_m is None else fused_m.rows(slice(0, B))
         prefix_m = None if fused_m is None else fused_m.rows(slice(B, 2 * B))
@@ -141,6 +143,7 @@ class Pretraining(Alignment):
         labels_X = text.ids_BL[chosen_BL]
         if fused_m is None:
             return mean_over_all(_cross_entropy(self.model.masked_logits(states_BLD[chosen_BL]), labels_X))
+        assert self.teacher is not None
         states_m_BLD, teacher = fused_m.text_BLD[:, :length], self.teacher.model
         if self.config.official.sequence_softmax:
             logits_BLV = self.model.masked_logits(states_BLD)
@@ -163,6 +166,7 @@ class Pretraining(Alignment):
         hard_X = _cross_entropy(logits_XV, labels_X)
         if fused_m is None or self.config.official.unweighted_prefix:
             return mean_over_all(hard_X)
+        assert self.teacher is not None
         with torch.no_grad():
             teacher_XV = _decode(self.teacher.model, fused_m, target, next_BL)
         return mean_over_all((1 - alpha) * hard_X + alpha * distillation(logits_XV, teacher_XV))
