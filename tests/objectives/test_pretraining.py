@@ -29,6 +29,8 @@ MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 CONFIG = PretrainingConfig(
     queue_size=7, momentum=0.9, alpha=0.4, alpha_warmup=20, mlm_probability=0.4, weights=(1.0, 2.0, 0.5, 3.0)
 )
+ALONE = {"queue_size": 0, "momentum": None, "alpha": 0.0, "distill_language": False}
+"""Without a teacher."""
 STEP = 10  # half of the warm-up of alpha: alpha is 0.2
 
 
@@ -50,16 +52,23 @@ class Slow:
         self.task, self.batch, self.step = task, batch, step
         self.config, self.official = task.config, task.config.official
         self.model: MPlug = task.model  # type: ignore[assignment]
-        self.teacher: MPlug = copy.deepcopy(task.teacher.model)  # type: ignore[assignment]
-        with torch.no_grad():
-            for mine, theirs in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
-                mine.copy_(self.config.momentum * mine + (1 - self.config.momentum) * theirs)
+        self.teacher = self.model if task.teacher is None else self.moved(task.teacher.model)
         self.alpha = self.config.alpha * step / self.config.alpha_warmup
         self.queue = [part.clone() for part in task.queue.contents()]
         rows = range(len(batch))
         self.image = [self.encode_image(self.model, b) for b in rows]
-        self.image_m = [self.encode_image(self.teacher, b).detach() for b in rows]
+        self.image_m = self.image
+        if task.teacher is not None:
+            self.image_m = [self.encode_image(self.teacher, b).detach() for b in rows]
         self.ids = [batch.text.ids_BL[b][batch.text.mask_BL[b]] for b in rows]
+
+    def moved(self, teacher: nn.Module) -> MPlug:
+        """The teacher after this step's move."""
+        teacher, momentum = copy.deepcopy(teacher), self.config.momentum
+        with torch.no_grad():
+            for mine, theirs in zip(teacher.parameters(), self.model.parameters(), strict=True):
+                mine.copy_(momentum * mine + (1 - momentum) * theirs)
+        return teacher  # type: ignore[return-value]
 
     def encode_image(self, model: MPlug, b: int) -> Encoded:
         channels = [(self.batch.pixels_BCHW[b, c].float() / 255 - MEAN[c]) / STD[c] for c in range(3)]
@@ -74,7 +83,7 @@ class Slow:
         model, teacher, temperature = self.model, self.teacher, self.model.temperature
         rows = range(len(self.batch))
         ids = [*self.batch.image_id_B.tolist(), *self.queue[2].tolist()]
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.task.teacher is None):
             image_m = [teacher.embed_image(self.image_m[b])[0] for b in rows]
             text_m = [teacher.embed_text(teacher.encode_text(self.ids[b][None]))[0] for b in rows]
         image_keys, text_keys = torch.stack([*image_m, *self.queue[0]]), torch.stack([*text_m, *self.queue[1]])
@@ -177,6 +186,7 @@ class Slow:
         ("co_attention", {}, {}),
         ("skip", {"distill_language": False}, {}),
         ("skip", {"alpha_warmup": 1_000_000_000}, {}),
+        ("skip", ALONE, {}),
         ("skip", {}, {"diagonal_targets": True, "unweighted_prefix": True}),
     ],
 )
@@ -202,8 +212,19 @@ def test_the_step_equals_the_slow_one(
         torch.testing.assert_close(
             grads[name], grad, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
-    for mine, theirs in zip(task.teacher.model.parameters(), slow.teacher.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs)
+    if task.teacher is not None:
+        for mine, theirs in zip(task.teacher.model.parameters(), slow.teacher.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_without_a_teacher_there_is_nothing_to_teach(make_model: MakeModel) -> None:
+    task = pretraining(make_model(), dataclasses.replace(CONFIG, **ALONE))
+    assert {name.partition(".")[0] for name in task.state_dict()} == {"model", "queue"}
+    for settings, message in (({"queue_size": 7}, "must be 0, not 7, 0.0"), ({"alpha": 0.4}, "must be 0, not 0, 0.4")):
+        with pytest.raises(ValueError, match=message):
+            AlignmentConfig(momentum=None, **{"queue_size": 0, "alpha": 0.0, **settings})
+    with pytest.raises(ValueError, match="distill_language must be off"):
+        PretrainingConfig(queue_size=0, momentum=None, alpha=0.0)
 
 
 def test_the_queue_gets_the_teachers_embeddings(make_model: MakeModel, make_batch: MakeBatch) -> None:

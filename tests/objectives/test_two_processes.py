@@ -150,7 +150,7 @@ SETTINGS: dict[str, Any] = {"queue_size": 8, "momentum": 0.9, "alpha": 0.4, "alp
 
 
 def pretraining(model: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    config = PretrainingConfig(**SETTINGS, mlm_probability=0.3, **changes)
+    config = PretrainingConfig(**{**SETTINGS, "mlm_probability": 0.3, **changes})
     task = Counting(tiny_model(**model), config, TextIds(PAD, MASK, (PAD, CLS, SEP), VOCAB), mean=MEAN, std=STD, seed=3)
     result = train(task, [own_part(whole_batch(step)) for step in range(2)])
     with torch.no_grad():
@@ -232,6 +232,7 @@ def work(folder: Path, world: int, number: int) -> None:
             {"fusion": "asymmetric"}, distill_language=False, official=OfficialBehaviour(diagonal_targets=True)
         ),
         "local": pretraining({}, negatives="local"),
+        "alone": pretraining({}, queue_size=0, momentum=None, alpha=0.0, distill_language=False),
         "alignment": alignment(),
         "gathering": gathering(),
         "means": means(),
@@ -280,7 +281,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], l
 Results = tuple[dict[str, Any], list[dict[str, Any]]]
 
 
-@pytest.mark.parametrize("task", ["skip", "asymmetric", "alignment"])
+@pytest.mark.parametrize("task", ["skip", "asymmetric", "alignment", "alone"])
 @pytest.mark.parametrize("step", [0, 1])
 def test_losses_and_gradients_are_those_of_the_whole_batch(task: str, step: int, results: Results) -> None:
     """DDP is told of no unused parameters; the second step would fail if there were any."""
