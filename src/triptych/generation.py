@@ -1,6 +1,7 @@
 """Text generation: beam search, greedy, and sampling, with cached keys and values.
 
-Shape legend: B batch, K beams, R rows (B times K, the beams of an example are neighbours), L length, V vocabulary.
+Shape legend: B batch, K beams, R rows (B times K, the beams of an example are neighbours), L length, V vocabulary,
+C candidates for a row's next token.
 """
 
 from __future__ import annotations
@@ -177,11 +178,20 @@ def generate(
         decoder.train(was_training)
 
 
-def _log_probs(stepper: _Stepper, ids_RL: Tensor, special: SpecialIds, end_allowed: bool) -> Tensor:
-    log_probs_RV = stepper.logits(ids_RL).float().log_softmax(-1)
+def _best_next(
+    stepper: _Stepper, ids_RL: Tensor, special: SpecialIds, end_allowed: bool, count: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and ids ``[R, C]`` of each row's best next tokens.
+
+    The best ``count`` of all beams are among the best ``count`` of each, so nothing as wide as the vocabulary has to
+    be scored by beams.
+    """
+    logits_RV = stepper.logits(ids_RL).float()
+    total_R1 = logits_RV.logsumexp(-1, keepdim=True)
     if not end_allowed:
-        log_probs_RV[:, special.eos] = float("-inf")
-    return log_probs_RV
+        logits_RV[:, special.eos] = float("-inf")
+    best_RC, token_RC = logits_RV.topk(min(count, logits_RV.shape[-1]))
+    return best_RC - total_R1, token_RC
 
 
 def _beam_search(
@@ -198,17 +208,18 @@ def _beam_search(
     finished_BK = torch.zeros(B, 1, dtype=torch.bool, device=device)
 
     for step in range(1, search.max_length + 1):
-        log_probs_RV = _log_probs(stepper, ids_RL, special, end_allowed=step > search.min_length)
-        V = log_probs_RV.shape[-1]
-        beams = sums_BK.shape[1]
-        next_BKV = sums_BK[..., None] + log_probs_RV.view(len(examples_B), beams, V)
+        gained_RC, token_RC = _best_next(stepper, ids_RL, special, step > search.min_length, K)
+        beams, C = sums_BK.shape[1], token_RC.shape[1]
         # A finished beam has one continuation: padding, at no cost, with the score it finished with.
-        ranked_BKV = (next_BKV / search.penalty(step)).masked_fill(finished_BK[..., None], float("-inf"))
-        ranked_BKV[..., special.pad] = torch.where(finished_BK, scores_BK, ranked_BKV[..., special.pad])
-        next_BKV[..., special.pad] = torch.where(finished_BK, sums_BK, next_BKV[..., special.pad])
-        scores_BK, flat_BK = ranked_BKV.flatten(1).topk(min(K, beams * V))
-        parent_BK, token_BK = flat_BK // V, flat_BK % V
-        sums_BK = next_BKV.flatten(1).gather(1, flat_BK)
+        ended_BK1 = finished_BK[..., None]
+        alone_C = torch.tensor([0.0] + [float("-inf")] * (C - 1), device=device)
+        gained_BKC = torch.where(ended_BK1, alone_C, gained_RC.view(-1, beams, C))
+        tokens_BKC = token_RC.view(-1, beams, C).masked_fill(ended_BK1, special.pad)
+        next_BKC = sums_BK[..., None] + gained_BKC
+        ranked_BKC = torch.where(ended_BK1, scores_BK[..., None] + gained_BKC, next_BKC / search.penalty(step))
+        scores_BK, flat_BK = ranked_BKC.flatten(1).topk(min(K, beams * C))
+        parent_BK, token_BK = flat_BK // C, tokens_BKC.flatten(1).gather(1, flat_BK)
+        sums_BK = next_BKC.flatten(1).gather(1, flat_BK)
         finished_BK = finished_BK.gather(1, parent_BK) | (token_BK == special.eos)
 
         first_row_B1 = torch.arange(len(examples_B), device=device)[:, None] * beams
@@ -260,13 +271,12 @@ def _official_beam_search(
     sums_BK = torch.zeros(B, 1, device=device)
 
     for step in range(1, search.max_length + 1):
-        log_probs_RV = _log_probs(stepper, ids_RL, special, end_allowed=step > search.min_length)
-        V, beams = log_probs_RV.shape[-1], sums_BK.shape[1]
-        ranked_BX = (sums_BK[..., None] + log_probs_RV.view(len(examples_B), beams, V)).flatten(1)
-        ranked_BX = ranked_BX / search.penalty(step)
-        scores_BK, flat_BK = ranked_BX.topk(min(K, beams * V))
+        gained_RC, token_RC = _best_next(stepper, ids_RL, special, step > search.min_length, K)
+        beams, C = sums_BK.shape[1], token_RC.shape[1]
+        ranked_BX = (sums_BK[..., None] + gained_RC.view(-1, beams, C)).flatten(1) / search.penalty(step)
+        scores_BK, flat_BK = ranked_BX.topk(min(K, beams * C))
         sums_BK = scores_BK * search.penalty(step)
-        parent_BK, token_BK = flat_BK // V, flat_BK % V
+        parent_BK, token_BK = flat_BK // C, token_RC.view(len(ranked_BX), -1).gather(1, flat_BK)
         width = sums_BK.shape[1]
         first_row_B1 = torch.arange(len(examples_B), device=device)[:, None] * beams
         rows_R = (first_row_B1 + parent_BK).flatten()
@@ -285,6 +295,13 @@ def _official_beam_search(
         ids_RL = beams_BKL[left_B].flatten(0, 1)
         examples_B, sums_BK = examples_B[left_B], sums_BK[left_B]
     return [sorted(found, key=lambda h: h.score, reverse=True)[:K] for found in hypotheses]
+
+
+def _log_probs(stepper: _Stepper, ids_RL: Tensor, special: SpecialIds, end_allowed: bool) -> Tensor:
+    log_probs_RV = stepper.logits(ids_RL).float().log_softmax(-1)
+    if not end_allowed:
+        log_probs_RV[:, special.eos] = float("-inf")
+    return log_probs_RV
 
 
 def _sample(stepper: _Stepper, search: Sampling, special: SpecialIds, prompt_BL: Tensor) -> list[list[Hypothesis]]:

@@ -401,13 +401,12 @@ def test_a_causal_text_never_looks_ahead() -> None:
 def test_cache_keeps_rows_in_the_asked_order() -> None:
     cache = KeyValueCache(4)
     cache.select(torch.tensor([0]))
-    keys_BHLK = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 2, 1, 5)
-    cache.append(keys_BHLK, -keys_BHLK)
+    cache.append(torch.arange(3.0).view(3, 1, 1).expand(3, 1, 10))
     cache.select(torch.tensor([2, 2, 0, 1]))
-    keys, values = cache.append(torch.full((4, 2, 1, 5), 9.0), torch.full((4, 2, 1, 5), 9.0))
-    assert keys[:, 0, :, 0].tolist() == [[2, 9], [2, 9], [0, 9], [1, 9]]
-    assert values[:, 0, :, 0].tolist() == [[-2, 9], [-2, 9], [0, 9], [-1, 9]]
-    assert cache.length == 2
+    assert cache.append(torch.full((4, 1, 10), 9.0))[:, :, 0].tolist() == [[2, 9], [2, 9], [0, 9], [1, 9]]
+    cache.select(torch.tensor([3, 2, 1, 0]))
+    assert cache.append(torch.full((4, 1, 10), 8.0))[:, :, 9].tolist() == [[1, 9, 8], [0, 9, 8], [2, 9, 8], [2, 9, 8]]
+    assert cache.length == 3
 
 
 def test_position_of_the_first_id_can_be_given() -> None:

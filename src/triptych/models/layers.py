@@ -1,6 +1,7 @@
 """Attention and Transformer blocks, shared by every model.
 
-Shape legend: B batch, L query length, M memory length, D width, H heads, K head width, V vocabulary.
+Shape legend: B batch, L query length, M memory length, D width, H heads, K head width, W keys and values side by side
+(2 D), V vocabulary.
 Masks are boolean, ``True`` where a token is real.
 """
 
@@ -32,35 +33,36 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "qu
 class KeyValueCache:
     """Keys and values of one self-attention layer for a prefix that grows while decoding.
 
-    Room for ``capacity`` positions is allocated once; :meth:`append` writes in place.
+    Room for ``capacity`` positions is allocated once, position first, so that a prefix is one piece of memory;
+    :meth:`append` writes in place and :meth:`select` copies the prefix alone, into a second buffer.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        self._keys_BHMK: Tensor | None = None
-        self._values_BHMK: Tensor | None = None
+        self._kept_MBW: Tensor | None = None
+        self._spare_MBW: Tensor | None = None
 
-    def append(self, keys_BHLK: Tensor, values_BHLK: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the newest positions and return views of all keys and values up to now."""
-        end = self.length + keys_BHLK.shape[2]
+    def append(self, new_BLW: Tensor) -> Tensor:
+        """Add the newest positions and return a view of all up to now, valid until :meth:`select`."""
+        end = self.length + new_BLW.shape[1]
         if end > self.capacity:
             raise ValueError(f"key/value cache holds {self.capacity} positions, {end} were asked for")
-        if self._keys_BHMK is None or self._values_BHMK is None:
-            B, H, _, K = keys_BHLK.shape
-            self._keys_BHMK = keys_BHLK.new_empty(B, H, self.capacity, K)
-            self._values_BHMK = values_BHLK.new_empty(B, H, self.capacity, K)
-        self._keys_BHMK[:, :, self.length : end] = keys_BHLK
-        self._values_BHMK[:, :, self.length : end] = values_BHLK
+        if self._kept_MBW is None:
+            self._kept_MBW = new_BLW.new_empty(self.capacity, len(new_BLW), new_BLW.shape[2])
+        self._kept_MBW[self.length : end] = new_BLW.transpose(0, 1)
         self.length = end
-        return self._keys_BHMK[:, :, :end], self._values_BHMK[:, :, :end]
+        return self._kept_MBW[:end].transpose(0, 1)
 
     def select(self, rows_B: Tensor) -> None:
         """Keep the given rows, in their order: what beam search does when beams change parents."""
-        if self._keys_BHMK is None or self._values_BHMK is None:
+        kept_MBW, spare_MBW = self._kept_MBW, self._spare_MBW
+        if kept_MBW is None:
             return
-        self._keys_BHMK = self._keys_BHMK.index_select(0, rows_B)
-        self._values_BHMK = self._values_BHMK.index_select(0, rows_B)
+        if spare_MBW is None or spare_MBW.shape[1] != len(rows_B):
+            spare_MBW = kept_MBW.new_empty(self.capacity, len(rows_B), kept_MBW.shape[2])
+        torch.index_select(kept_MBW[: self.length], 1, rows_B, out=spare_MBW[: self.length])
+        self._kept_MBW, self._spare_MBW = spare_MBW, kept_MBW
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ class Memory:
     keys_BHMK: Tensor
     values_BHMK: Tensor
     mask_BM: Tensor | None
+
+    def contiguous(self) -> Memory:
+        """With each head's keys and values in one piece, quicker to read again and again."""
+        return Memory(self.keys_BHMK.contiguous(), self.values_BHMK.contiguous(), self.mask_BM)
 
     def select(self, rows_B: Tensor) -> Memory:
         """The given rows, in their order."""
@@ -107,8 +113,7 @@ class Attention(nn.Module):
 
     def remember(self, memory_BMD: Tensor, mask_BM: Tensor | None = None) -> Memory:
         """Keys and values of a memory, to be attended to many times."""
-        keys_BHMK, values_BHMK = self._keys_values(memory_BMD)
-        return Memory(keys_BHMK, values_BHMK, mask_BM)
+        return Memory(*self._keys_values(self.key_value(memory_BMD)), mask_BM)
 
     def forward(
         self,
@@ -129,12 +134,13 @@ class Attention(nn.Module):
         query_BHLK = self._split(self.query(x_BLD))
         if isinstance(memory, Memory):
             return self.out(self._attend_shared(query_BHLK, memory))
-        keys_BHMK, values_BHMK = self._keys_values(x_BLD if memory is None else memory)
+        joint_BMW = self.key_value(x_BLD if memory is None else memory)
         if cache is not None:
-            keys_BHMK, values_BHMK = cache.append(keys_BHMK, values_BHMK)
+            joint_BMW = cache.append(joint_BMW)
             if causal and query_BHLK.shape[2] > 1:
-                mask = _causal_mask(query_BHLK.shape[2], keys_BHMK.shape[2], x_BLD.device)
+                mask = _causal_mask(query_BHLK.shape[2], joint_BMW.shape[1], x_BLD.device)
             causal = False
+        keys_BHMK, values_BHMK = self._keys_values(joint_BMW)
         heads_BHLK = self._attend(query_BHLK, keys_BHMK, values_BHMK, mask, causal)
         return self.out(_merge(heads_BHLK))
 
@@ -177,8 +183,8 @@ class Attention(nn.Module):
             self.probabilities_BHLM = probabilities_BHLM
         return F.dropout(probabilities_BHLM, dropout, self.training).to(values_BHMK.dtype) @ values_BHMK
 
-    def _keys_values(self, memory_BMD: Tensor) -> tuple[Tensor, Tensor]:
-        keys_BMD, values_BMD = self.key_value(memory_BMD).chunk(2, dim=-1)
+    def _keys_values(self, joint_BMW: Tensor) -> tuple[Tensor, Tensor]:
+        keys_BMD, values_BMD = joint_BMW.chunk(2, dim=-1)
         return self._split(keys_BMD), self._split(values_BMD)
 
     def _split(self, x_BLD: Tensor) -> Tensor:

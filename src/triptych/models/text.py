@@ -163,7 +163,8 @@ class TextDecoder(nn.Module):
     def start(self, memory: Encoded, capacity: int) -> DecoderState:
         """Prepare decoding of at most ``capacity`` tokens: keys and values of the memory are computed once."""
         blocks = cast(list[PostNormBlock], list(self.blocks))
-        return DecoderState([KeyValueCache(capacity) for _ in blocks], [block.remember(memory) for block in blocks])
+        kept = [block.remember(memory).contiguous() for block in blocks]
+        return DecoderState([KeyValueCache(capacity) for _ in blocks], kept)
 
     def step(self, ids_BL: Tensor, state: DecoderState) -> Tensor:
         """Logits [B, V] for the token after ``ids_BL``, the newest tokens of each row.
