@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from triptych.models.layers import Attention, KeyValueCache, quick_gelu
+from triptych.models.layers import Attention, FeedForward, KeyValueCache, quick_gelu_
 from triptych.models.mplug import (
     SIZES,
     AsymmetricLayer,
@@ -351,7 +351,23 @@ def test_patches_are_read_in_rows() -> None:
 
 def test_quick_gelu() -> None:
     x = torch.linspace(-6, 6, 50)
-    torch.testing.assert_close(quick_gelu(x), x * torch.sigmoid(1.702 * x))
+    torch.testing.assert_close(quick_gelu_(x.clone()), x * torch.sigmoid(1.702 * x))
+
+
+def test_overwriting_activations_leave_the_gradients_of_the_formula() -> None:
+    """Of the input and of both layers; without gradients the values are the same, and the input stays as it was."""
+    ffn, x_BLD = FeedForward(4, 6, "quick_gelu").double(), torch.randn(2, 3, 4, dtype=torch.double)
+    given_BLD = x_BLD.clone().requires_grad_()
+    parts = [given_BLD, *ffn.parameters()]
+    found = torch.autograd.grad(ffn(given_BLD).square().sum(), parts)
+    hidden_BLF = ffn.expand(given_BLD)
+    expected_BLD = ffn.contract(hidden_BLF * torch.sigmoid(1.702 * hidden_BLF))
+    expected = torch.autograd.grad(expected_BLD.square().sum(), parts)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    with torch.inference_mode():
+        torch.testing.assert_close(ffn(x_BLD), expected_BLD)
+    assert torch.equal(given_BLD, x_BLD)
 
 
 @pytest.mark.parametrize(
