@@ -1,18 +1,15 @@
 """Samples per second of the loader with the pre-training transform.
 
-    python benchmarks/loader.py                                   # generated JPEGs
+    python benchmarks/loader.py > benchmarks/results/loader.json  # generated JPEGs
     python benchmarks/loader.py --source 'shared/flickr8k/*.tar' --image-size 128
 
-Prints one JSON line a setting. "per_core" divides by the processes that decode (at least one). Without
+"per_core" divides by the processes that decode (at least one). Without
 --source it makes JPEGs of 128, 192 and 256 pixels in a temporary folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import tarfile
 import tempfile
 import time
@@ -25,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common import report
 from triptych.data.loader import Loader, seeded
 from triptych.data.samples import Record, decode_image
 from triptych.data.sources import open_source
@@ -82,12 +80,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     arguments = parser.parse_args()
-    print(json.dumps({"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}))
+    rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         for image_size in arguments.image_size:
             location = arguments.source or write_shards(Path(folder), image_size)
             for workers in arguments.workers:
-                print(json.dumps(measure(location, image_size, workers, arguments.seconds)), flush=True)
+                rows.append(measure(location, image_size, workers, arguments.seconds))
+    report("loader", {"source": arguments.source or "generated", "seconds": arguments.seconds}, rows, {})
 
 
 if __name__ == "__main__":

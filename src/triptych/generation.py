@@ -178,6 +178,18 @@ def generate(
         decoder.train(was_training)
 
 
+def _next_logits(stepper: _Stepper, ids_RL: Tensor, special: SpecialIds, end_allowed: bool) -> tuple[Tensor, Tensor]:
+    """Logits ``[R, V]`` of the next token and, ``[R, 1]``, what to take off for log-probabilities.
+
+    An end token that may not come yet has its share of the sum all the same, as in the official code.
+    """
+    logits_RV = stepper.logits(ids_RL).float()
+    total_R1 = logits_RV.logsumexp(-1, keepdim=True)
+    if not end_allowed:
+        logits_RV[:, special.eos] = float("-inf")
+    return logits_RV, total_R1
+
+
 def _best_next(
     stepper: _Stepper, ids_RL: Tensor, special: SpecialIds, end_allowed: bool, count: int
 ) -> tuple[Tensor, Tensor]:
@@ -186,10 +198,7 @@ def _best_next(
     The best ``count`` of all beams are among the best ``count`` of each, so nothing as wide as the vocabulary has to
     be scored by beams.
     """
-    logits_RV = stepper.logits(ids_RL).float()
-    total_R1 = logits_RV.logsumexp(-1, keepdim=True)
-    if not end_allowed:
-        logits_RV[:, special.eos] = float("-inf")
+    logits_RV, total_R1 = _next_logits(stepper, ids_RL, special, end_allowed)
     best_RC, token_RC = logits_RV.topk(min(count, logits_RV.shape[-1]))
     return best_RC - total_R1, token_RC
 
@@ -297,13 +306,6 @@ def _official_beam_search(
     return [sorted(found, key=lambda h: h.score, reverse=True)[:K] for found in hypotheses]
 
 
-def _log_probs(stepper: _Stepper, ids_RL: Tensor, special: SpecialIds, end_allowed: bool) -> Tensor:
-    log_probs_RV = stepper.logits(ids_RL).float().log_softmax(-1)
-    if not end_allowed:
-        log_probs_RV[:, special.eos] = float("-inf")
-    return log_probs_RV
-
-
 def _sample(stepper: _Stepper, search: Sampling, special: SpecialIds, prompt_BL: Tensor) -> list[list[Hypothesis]]:
     """Draw one sequence a row; the score is the mean log-probability (at temperature 1) of its tokens."""
     device = prompt_BL.device
@@ -313,7 +315,8 @@ def _sample(stepper: _Stepper, search: Sampling, special: SpecialIds, prompt_BL:
     lengths_B = torch.zeros_like(sums_B)
     finished_B = torch.zeros(len(prompt_BL), dtype=torch.bool, device=device)
     for step in range(1, search.max_length + 1):
-        log_probs_BV = _log_probs(stepper, ids_BL, special, end_allowed=step > search.min_length)
+        logits_BV, total_B1 = _next_logits(stepper, ids_BL, special, step > search.min_length)
+        log_probs_BV = logits_BV - total_B1
         probs_BV = _nucleus(log_probs_BV / search.temperature, search)
         token_B1 = torch.multinomial(probs_BV, 1, generator=generator)
         gained_B = log_probs_BV.gather(1, token_B1)[:, 0]

@@ -48,8 +48,7 @@ class AlignmentConfig:
     Attributes:
         queue_size: momentum features kept, of any batch size.
         momentum: of the teacher. ``None`` trains without one: a batch is contrasted with itself, with gradients to both
-            sides (as CLIP does), which needs ``queue_size`` and ``alpha`` 0. A third fewer operations, and from nothing
-            on few pictures it learns faster.
+            sides (as CLIP does), which needs ``queue_size`` and ``alpha`` 0.
         alpha: share of the teacher in the targets, reached linearly after ``alpha_warmup`` steps.
         negatives: draw hard negatives from all processes, or (cheaper, official) from this one.
     """
@@ -180,7 +179,8 @@ class Alignment(nn.Module):
         B = len(batch)
         image_BE, text_BE = self.model.embed_image(image), self.model.embed_text(text)
         targets = None if taught is None else taught.embeddings(B)
-        image_GE, text_GE, id_G = (gather_rows(x) for x in (*(targets or (image_BE, text_BE)), batch.image_id_B))
+        image_key_BE, text_key_BE = targets or (image_BE, text_BE)
+        image_GE, text_GE, id_G = (gather_rows(x) for x in (image_key_BE, text_key_BE, batch.image_id_B))
         image_QE, text_QE, id_Q = self.queue.contents()
         keys = Keys(torch.cat([image_GE, image_QE]), torch.cat([text_GE, text_QE]), torch.cat([id_G, id_Q]))
         positive_BK = same_BK = batch.image_id_B[:, None] == keys.id_K

@@ -20,7 +20,7 @@ def flickr8k() -> Recipe:
     """mPLUG-small pre-trained from scratch on Flickr8k's training photographs.
 
     Command: ``triptych pretrain flickr8k --data 'flickr8k/train-*.tar' --evaluate-data flickr8k/dev-00000.tar
-    --folder runs/flickr8k``. Hardware: two CPU cores, about 50 minutes. Expect: not measured yet at its full length.
+    --folder runs/flickr8k``. Hardware: two CPU cores, about an hour. Expect: not measured yet at its full length.
     """
     return Recipe(
         name="flickr8k",
