@@ -145,6 +145,7 @@ def evaluate(
     blank: bool = False,
     predictions: Path | None = None,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
+    compile: bool = False,
 ) -> None:
     """Evaluate a checkpoint; scores go to stdout.
 
@@ -158,10 +159,11 @@ def evaluate(
         blank: show a grey picture instead of each, to see how much the pictures matter.
         predictions: write the generated captions here (COCO result format).
         precision: arithmetic.
+        compile: compile the encoders first (about a minute), for thousands of pictures.
     """
     from triptych.predict import Predictor
 
-    predictor = Predictor.load(checkpoint, precision=precision)
+    predictor = Predictor.load(checkpoint, precision=precision, compile=compile)
     if task == "retrieval":
         _print_json(predictor.evaluate_retrieval(data, image_root, splits, limit=limit, blank=blank))
         return

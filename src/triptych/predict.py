@@ -20,7 +20,7 @@ from triptych.generation import BeamSearch
 from triptych.models.protocol import VisionLanguageModel
 from triptych.tasks.captioning import Captioning, CaptioningConfig, CaptionReport, evaluate_captions
 from triptych.tasks.retrieval import RetrievalConfig, encode_collection, evaluate_retrieval
-from triptych.training.parallel import Precision, autocast
+from triptych.training.parallel import Precision, autocast, compile_inference
 from triptych.training.runs import read_pictures
 
 _BATCH = 32
@@ -38,8 +38,20 @@ class Predictor:
     precision: Precision = "auto"
 
     @classmethod
-    def load(cls, checkpoint: str | Path, *, precision: Precision = "auto", beams: int | None = None) -> Self:
+    def load(
+        cls,
+        checkpoint: str | Path,
+        *,
+        precision: Precision = "auto",
+        beams: int | None = None,
+        compile: bool = False,
+    ) -> Self:
         """Load a checkpoint folder or Hub id, on a GPU where there is one.
+
+        Args:
+            precision: of the arithmetic.
+            beams: width of the caption search; by default the checkpoint's.
+            compile: see :func:`triptych.training.parallel.compile_inference`.
 
         Raises:
             ValueError: it has no tokenizer or preprocessing, or is only a part of a model.
@@ -56,6 +68,8 @@ class Predictor:
         if beams is not None and isinstance(captioning.search, BeamSearch):
             captioning = replace(captioning, search=replace(captioning.search, beams=beams))
         loaded.model.eval()
+        if compile:
+            compile_inference(loaded.model)
         return cls(loaded.model, loaded.tokenizer, loaded.preprocessing, captioning, retrieval, precision)
 
     @property

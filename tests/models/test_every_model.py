@@ -6,6 +6,7 @@ Shape legend: B batch, N image tokens, L text tokens, D width, E embedding width
 import copy
 import dataclasses
 import io
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from triptych.models.mplug import FusionKind, MPlugConfig
 from triptych.models.protocol import Encoded, Fused, VisionLanguageModel
 from triptych.models.text import TextConfig
 from triptych.models.vision import VisionConfig
+from triptych.training.parallel import compile_inference
 
 
 @dataclass(frozen=True)
@@ -466,6 +468,25 @@ def test_compiled_blocks_compute_the_same(model: VisionLanguageModel, inputs: In
     out = run(model, inputs)
     assert_same({"loss": out.scalar(), **gradients(model, out.scalar())}, expected)
     assert list(model.state_dict()) == names
+    torch.compiler.reset()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="packing weights into compiled code needs a C++ compiler")
+@pytest.mark.parametrize("case", FIRST.values(), ids=FIRST.keys(), indirect=True)
+def test_a_model_compiled_for_inference_computes_the_same(model: VisionLanguageModel, inputs: Inputs) -> None:
+    torch.compiler.reset()
+    compiled = copy.deepcopy(model)
+    compile_inference(compiled)
+    names = list(model.state_dict())
+    with torch.inference_mode():
+        for some in (inputs, inputs.row(1)):
+            image, text = compiled.encode_image(some.pixels_BCHW), compiled.encode_text(some.ids_BL, some.mask_BL)
+            found = compiled.fuse(image, text)
+            image, text = model.encode_image(some.pixels_BCHW), model.encode_text(some.ids_BL, some.mask_BL)
+            expected = model.fuse(image, text)
+            assert_same({"pooled": found.pooled_BP}, {"pooled": expected.pooled_BP})
+            assert_same({"image": found.image_BND}, {"image": expected.image_BND})
+    assert list(compiled.state_dict()) == names
     torch.compiler.reset()
 
 

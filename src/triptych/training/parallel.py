@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from triptych.models.protocol import VisionLanguageModel
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -94,6 +96,28 @@ def compile_blocks(module: nn.Module) -> None:
         if isinstance(part, nn.ModuleList) and name.rpartition(".")[2] in {"blocks", "layers"}:
             for block in part:
                 block.compile(dynamic=True)
+
+
+def compile_inference(model: VisionLanguageModel) -> None:
+    """Compile encoding and fusing, with weights packed for the processor: for a model that no longer changes.
+
+    Each shape costs some seconds at first, so it is for data sets; gradients must be off in every call.
+    """
+    for name in ("encode_image", "encode_text", "fuse"):
+        setattr(model, name, _frozen(getattr(model, name)))
+
+
+def _frozen(function: Callable[..., Any]) -> Callable[..., Any]:
+    from torch._inductor import config  # a second to import
+
+    compiled = torch.compile(function)
+
+    def call(*args: Any) -> Any:
+        # Not as an option of torch.compile: TorchDynamo, too, asks whether the weights are constants.
+        with config.patch(freezing=True):
+            return compiled(*args)
+
+    return call
 
 
 def unwrap(module: nn.Module) -> nn.Module:
