@@ -146,6 +146,7 @@ def evaluate(
     predictions: Path | None = None,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     compile: bool = False,
+    candidates: int | None = None,
 ) -> None:
     """Evaluate a checkpoint; scores go to stdout.
 
@@ -160,10 +161,12 @@ def evaluate(
         predictions: write the generated captions here (COCO result format).
         precision: arithmetic.
         compile: compile the encoders first (about a minute), for thousands of pictures.
+        candidates: of retrieval: so many of the best by embeddings are re-ranked by matching, with 0 none; by default
+            as the checkpoint says.
     """
     from triptych.predict import Predictor
 
-    predictor = Predictor.load(checkpoint, precision=precision, compile=compile)
+    predictor = Predictor.load(checkpoint, precision=precision, compile=compile, candidates=candidates)
     if task == "retrieval":
         _print_json(predictor.evaluate_retrieval(data, image_root, splits, limit=limit, blank=blank))
         return

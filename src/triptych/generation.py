@@ -12,6 +12,8 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from triptych.data.batches import Tokens
+from triptych.models.layers import Memory
 from triptych.models.protocol import Encoded
 from triptych.models.text import TextDecoder
 
@@ -176,6 +178,69 @@ def generate(
         return _beam_search(stepper, search, special, prompt_BL)
     finally:
         decoder.train(was_training)
+
+
+RankRule = Literal["chain", "official"]
+
+
+@torch.inference_mode()
+def rank_texts(
+    decoder: TextDecoder,
+    memory: Encoded,
+    texts: Tokens,
+    *,
+    candidates: int = 0,
+    rule: RankRule = "chain",
+    rows_at_once: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """Which of A given texts the decoder finds most probable, for every one of B rows of a memory.
+
+    The memory's keys and values are computed once, and all texts share them; only states whose next token counts go
+    through the vocabulary head.
+
+    Args:
+        texts: ``[CLS] text [SEP]``.
+        candidates: K; only the K texts whose first token is the most probable are scored (official: 128); 0 scores all.
+        rule: ``chain`` sums the log-probabilities of all tokens. ``official`` counts the first one twice (ALBEF's and
+            mPLUG's ``rank_answer``, model_vqa_mplug.py:226-234).
+        rows_at_once: pairs of a row and a text in one pass of the decoder.
+
+    Returns:
+        Indices of texts ``[B, K]`` and their scores, best first.
+    """
+    device = memory.hidden_BLD.device
+    ids_AL, lengths_A = texts.ids_BL.to(device), texts.mask_BL.sum(1).to(device)
+    K = min(candidates or len(ids_AL), len(ids_AL))
+    kept = [own.contiguous() for own in decoder.remember(memory)]
+    start_B1 = ids_AL[:1, :1].expand(len(memory), 1)
+    first_BV = decoder.logits(decoder(start_B1, kept)[:, 0]).float().log_softmax(-1)
+    first_BK, text_BK = first_BV[:, ids_AL[:, 1]].topk(K, dim=1)
+    # The shortest first: then the texts of one pass need little padding.
+    order_BK = lengths_A[text_BK].argsort(dim=1, stable=True)
+    first_BK, text_BK = first_BK.gather(1, order_BK), text_BK.gather(1, order_BK)
+    score_BK = first_BK * (2 if rule == "official" else 1)
+    width = max(1, rows_at_once // max(1, len(memory)))
+    for column in range(0, K, width):
+        part = slice(column, column + width)
+        score_BK[:, part] += _rest_of_texts(decoder, kept, ids_AL, lengths_A, text_BK[:, part])
+    score_BK, best_BK = score_BK.sort(dim=1, descending=True, stable=True)
+    return text_BK.gather(1, best_BK), score_BK
+
+
+def _rest_of_texts(
+    decoder: TextDecoder, kept: list[Memory], ids_AL: Tensor, lengths_A: Tensor, text_BK: Tensor
+) -> Tensor:
+    """Log-probability of each text after its first token, ``[B, K]``."""
+    text_R = text_BK.flatten()
+    longest = int(lengths_A[text_R].max())
+    ids_RL = ids_AL[text_R, :longest]
+    counts_RL = torch.arange(1, longest, device=ids_RL.device) < lengths_A[text_R, None]
+    counts_RL[:, 0] = False
+    hidden_RLD = decoder(ids_RL[:, :-1], kept)
+    log_probs_XV = decoder.logits(hidden_RLD[counts_RL]).float().log_softmax(-1)
+    gained_RL = torch.zeros(counts_RL.shape, device=ids_RL.device)
+    gained_RL[counts_RL] = log_probs_XV.gather(1, ids_RL[:, 1:][counts_RL][:, None])[:, 0]
+    return gained_RL.sum(1).view(text_BK.shape)
 
 
 def _next_logits(stepper: _Stepper, ids_RL: Tensor, special: SpecialIds, end_allowed: bool) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 
 from triptych.checkpoints.configs import from_json
 from triptych.checkpoints.folder import load
+from triptych.data.pictures import read_pictures
 from triptych.data.samples import Record, decode_image
 from triptych.data.sources import open_source
 from triptych.data.tokenizers import Tokenizer
@@ -21,7 +22,6 @@ from triptych.models.protocol import VisionLanguageModel
 from triptych.tasks.captioning import Captioning, CaptioningConfig, CaptionReport, evaluate_captions
 from triptych.tasks.retrieval import RetrievalConfig, encode_collection, evaluate_retrieval
 from triptych.training.parallel import Precision, autocast, compile_inference
-from triptych.training.runs import read_pictures
 
 _BATCH = 32
 
@@ -45,12 +45,14 @@ class Predictor:
         precision: Precision = "auto",
         beams: int | None = None,
         compile: bool = False,
+        candidates: int | None = None,
     ) -> Self:
         """Load a checkpoint folder or Hub id, on a GPU where there is one.
 
         Args:
             precision: of the arithmetic.
             beams: width of the caption search; by default the checkpoint's.
+            candidates: of retrieval, re-ranked by matching; by default the checkpoint's.
             compile: see :func:`triptych.training.parallel.compile_inference`.
 
         Raises:
@@ -63,10 +65,12 @@ class Predictor:
         if loaded.tokenizer is None or loaded.preprocessing is None:
             raise ValueError(f"{checkpoint} has no tokenizer or preprocessing: convert it again with --vocab")
         task: dict[str, Any] = dict(loaded.task or {})
-        captioning = from_json(CaptioningConfig, task.get("captioning", {}), f"{checkpoint}: task.captioning")
+        captioning = from_json(CaptioningConfig, task.get("caption", {}), f"{checkpoint}: task.caption")
         retrieval = from_json(RetrievalConfig, task.get("retrieval", {}), f"{checkpoint}: task.retrieval")
         if beams is not None and isinstance(captioning.search, BeamSearch):
             captioning = replace(captioning, search=replace(captioning.search, beams=beams))
+        if candidates is not None:
+            retrieval = replace(retrieval, candidates=candidates)
         loaded.model.eval()
         if compile:
             compile_inference(loaded.model)

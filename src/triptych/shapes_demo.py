@@ -21,6 +21,7 @@ from torch import Tensor
 
 from triptych import report
 from triptych.attention_maps import word_maps
+from triptych.data.pictures import read_pictures
 from triptych.data.samples import Record, decode_image
 from triptych.data.shapes import ShapesConfig, Split, parse_caption, write_shards
 from triptych.data.sources import open_source
@@ -33,7 +34,7 @@ from triptych.tasks.captioning import CaptionReport, evaluate_captions
 from triptych.tasks.retrieval import RetrievalReport, encode_collection, evaluate_retrieval, pairs_to_match
 from triptych.training.logs import read_log
 from triptych.training.parallel import autocast, process_group
-from triptych.training.runs import Recipe, read_pictures, run_recipe
+from triptych.training.runs import Recipe, run_recipe
 
 _BATCH = 50
 _SHOWN, _SHOWN_QUERIES, _SHOWN_MAPS, _FOUND = 12, 4, 2, 5

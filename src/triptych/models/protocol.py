@@ -120,7 +120,8 @@ Part = Literal["image", "text", "fusion", "embedding", "matching", "masked", "de
 class VisionLanguageModel(nn.Module, ABC):
     """A network with an image side, a text side and a fusion of both.
 
-    ``width`` is D of the fused states, ``pooled_width`` the width of ``Fused.pooled_BP``, ``embed_dim`` E.
+    ``width`` is D of the fused states, ``pooled_width`` the width of ``Fused.pooled_BP``, ``embed_dim`` E, and
+    ``max_text`` how many tokens the text side can read.
     """
 
     model_type: ClassVar[str]
@@ -129,6 +130,7 @@ class VisionLanguageModel(nn.Module, ABC):
     width: int
     pooled_width: int
     embed_dim: int
+    max_text: int
     temperature: nn.Parameter
     decoder: TextDecoder | None
 

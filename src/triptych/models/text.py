@@ -137,24 +137,26 @@ class TextDecoder(nn.Module):
         self.checkpointing = False
         init_weights(self, config.width)
 
-    def forward(self, ids_BL: Tensor, memory: Encoded, mask_BL: Tensor | None = None) -> Tensor:
+    def forward(self, ids_BL: Tensor, memory: Encoded | Sequence[Memory], mask_BL: Tensor | None = None) -> Tensor:
         """States [B, L, D] of every position of a given text (training, scoring).
 
         Padding at the end needs no mask, since a causal model never looks ahead; with a mask, padding does not
         even see itself.
+
+        Args:
+            memory: what to attend to; or what :meth:`remember` kept of it, and then B may be a multiple of its rows:
+                consecutive texts share one memory.
         """
         x_BLD = self.embeddings(ids_BL)
-        for block in self.blocks:
-            x_BLD = run_block(
-                block,
-                x_BLD,
-                mask_BL,
-                memory=memory.hidden_BLD,
-                memory_mask_BM=memory.mask_BL,
-                causal=True,
-                checkpointing=self.checkpointing,
-            )
+        mask_BM = memory.mask_BL if isinstance(memory, Encoded) else None
+        attended = [memory.hidden_BLD] * len(self.blocks) if isinstance(memory, Encoded) else memory
+        for block, own in zip(self.blocks, attended, strict=True):
+            x_BLD = run_block(block, x_BLD, mask_BL, own, mask_BM, causal=True, checkpointing=self.checkpointing)
         return x_BLD
+
+    def remember(self, memory: Encoded) -> list[Memory]:
+        """Keys and values of a memory for every block, to be attended to by many texts."""
+        return [block.remember(memory) for block in cast(list[PostNormBlock], list(self.blocks))]
 
     def logits(self, hidden_XD: Tensor) -> Tensor:
         """[..., D] states to [..., V] logits."""
@@ -162,9 +164,8 @@ class TextDecoder(nn.Module):
 
     def start(self, memory: Encoded, capacity: int) -> DecoderState:
         """Prepare decoding of at most ``capacity`` tokens: keys and values of the memory are computed once."""
-        blocks = cast(list[PostNormBlock], list(self.blocks))
-        kept = [block.remember(memory).contiguous() for block in blocks]
-        return DecoderState([KeyValueCache(capacity) for _ in blocks], kept)
+        kept = [own.contiguous() for own in self.remember(memory)]
+        return DecoderState([KeyValueCache(capacity) for _ in kept], kept)
 
     def step(self, ids_BL: Tensor, state: DecoderState) -> Tensor:
         """Logits [B, V] for the token after ``ids_BL``, the newest tokens of each row.

@@ -141,6 +141,11 @@ class Alignment(nn.Module):
         self.register_buffer("_mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("_std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
 
+    @property
+    def kept(self) -> nn.Module:
+        """What training averages, evaluates and saves: not the teacher, not the queue."""
+        return self.model
+
     def forward(self, batch: ImageTextBatch, step: int, part: int = 0) -> dict[str, Tensor]:
         """Losses by name; their sum is what is minimised. ``part`` numbers the accumulated passes of a step."""
         model = self.model

@@ -20,7 +20,8 @@ def flickr8k() -> Recipe:
     """mPLUG-small pre-trained from scratch on Flickr8k's training photographs.
 
     Command: ``triptych pretrain flickr8k --data 'flickr8k/train-*.tar' --evaluate-data flickr8k/dev-00000.tar
-    --folder runs/flickr8k``. Hardware: two CPU cores, about an hour. Expect: not measured yet at its full length.
+    --folder runs/flickr8k``. Hardware: two CPU cores, about an hour. Expect: text-to-image R@10 21 % of
+    1,000 photographs (``docs/flickr8k.md``).
     """
     return Recipe(
         name="flickr8k",
@@ -35,13 +36,14 @@ def flickr8k() -> Recipe:
         optim=OptimConfig(
             lr=8e-4, vision_lr=None, muon_lr=0.02, min_lr=1e-5, warmup_lr=1e-5, warmup_steps=100, weight_decay=0.1
         ),
-        retrieval=RetrievalConfig(candidates=16, max_words=24, max_tokens=28),
+        # By embeddings alone: so few photographs do not teach ITM anything (its loss stays that of guessing).
+        retrieval=RetrievalConfig(candidates=0, max_words=24, max_tokens=28),
         captioning=CaptioningConfig(context="fused", search=BeamSearch(3, 4, 20)),
     )
 
 
 def caption_flickr8k() -> Recipe:
-    """Captions on Flickr8k from :func:`flickr8k`; about a quarter of an hour."""
+    """Captions on Flickr8k from :func:`flickr8k`; six minutes. Expect: CIDEr 27.7 (``docs/flickr8k.md``)."""
     recipe = flickr8k()
     return replace(
         recipe,
@@ -54,7 +56,7 @@ def caption_flickr8k() -> Recipe:
 
 
 def retrieval_flickr8k() -> Recipe:
-    """Retrieval on Flickr8k from :func:`flickr8k`; about a quarter of an hour."""
+    """Retrieval on Flickr8k from :func:`flickr8k`; eight minutes. Expect: R@1 4.0 (text to image) and 5.6 %."""
     recipe = flickr8k()
     return replace(
         recipe,

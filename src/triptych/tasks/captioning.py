@@ -9,20 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from triptych.data.batches import ImageTextBatch
+from triptych.data.pictures import read_pictures
+from triptych.data.pipelines import ImageTextPipeline
 from triptych.data.samples import Record
+from triptych.data.sources import Source
 from triptych.data.tokenizers import Tokenizer
-from triptych.data.transforms import Preprocessing
+from triptych.data.transforms import Preprocessing, Transform
 from triptych.generation import BeamSearch, Hypothesis, Sampling, SpecialIds, generate
 from triptych.metrics.captions import score_captions
 from triptych.models.protocol import Encoded, Part, VisionLanguageModel
 from triptych.objectives.distributed import mean_over_all
+from triptych.tasks.base import Pipeline, Report, Task
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,16 @@ class CaptioningConfig:
         return self.prompt if self.context == "image" else ""
 
 
-class Captioning(nn.Module):
+class Captioning(Task):
     """A model that captions pictures; call it with a batch for its loss, or :meth:`caption` pixels.
 
     Batches carry ``[CLS] start caption [SEP]`` in ``text`` (see :attr:`CaptioningConfig.start`).
     """
+
+    name: ClassVar[str] = "caption"
+    metric: ClassVar[str] = "CIDEr"
+    config_type: ClassVar[type[Any]] = CaptioningConfig
+    config: CaptioningConfig
 
     def __init__(
         self,
@@ -61,21 +70,26 @@ class Captioning(nn.Module):
         preprocessing: Preprocessing,
         config: CaptioningConfig | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(model, tokenizer, preprocessing, config or CaptioningConfig())
         if model.decoder is None:
             raise ValueError(f"captioning needs a model with a decoder; this {model.model_type} has none")
-        self.model = model
-        self.tokenizer = tokenizer
-        self.preprocessing = preprocessing
-        self.config = config or CaptioningConfig()
         self.special = SpecialIds(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
 
     @property
     def uses(self) -> tuple[Part, ...]:
-        """The parts of the model that run: training freezes the others, which would never get a gradient."""
         return ("image", "decoder") if self.config.context == "image" else ("image", "text", "fusion", "decoder")
 
-    def forward(self, batch: ImageTextBatch, step: int, part: int = 0) -> dict[str, Tensor]:
+    def training_pipeline(self, transform: Transform, max_words: int, max_tokens: int) -> Pipeline:
+        return ImageTextPipeline(
+            self.tokenizer, transform, max_words, max_tokens, end=True, prompt=self.config.start, clean=False
+        )
+
+    def evaluate(self, source: Source, *, limit: int = 0, blank: bool = False) -> Report:
+        pictures = read_pictures(source, self.preprocessing, limit=limit)
+        report = evaluate_captions(self, pictures, blank=blank)
+        return Report(report.scores, report.results())
+
+    def forward(self, batch: ImageTextBatch, step: int = 0, part: int = 0) -> dict[str, Tensor]:
         """Mean cross-entropy of the caption tokens."""
         assert self.model.decoder is not None
         memory = self._memory(self.preprocessing.normalize(batch.pixels_BCHW))
@@ -124,7 +138,7 @@ class CaptionReport:
     predictions: dict[str, str]
     references: dict[str, tuple[str, ...]]
 
-    def results(self) -> list[dict[str, str | int]]:
+    def results(self) -> list[dict[str, Any]]:
         """The COCO result format, in which ids that are numbers are written as numbers."""
         return [
             {"image_id": int(image) if image == str(_number(image)) else image, "caption": text}

@@ -90,14 +90,14 @@ class Outcome:
 
 
 Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
-"""(model to evaluate, step) -> metrics; called on the process that leads."""
+"""(what to evaluate, step) -> metrics; called on the process that leads."""
 
 
 class Trainer:
     """Trains a task: a module whose call ``task(batch, step, part)`` gives losses by name.
 
     Args:
-        task: has the network as ``task.model``.
+        task: has what is averaged, evaluated and saved as ``task.kept``.
         folder: of the run: log, TensorBoard, checkpoints.
         evaluate: called every ``evaluate_every`` steps and at the end.
         best: metric (larger is better) that decides which weights ``save_best`` is called with.
@@ -124,16 +124,16 @@ class Trainer:
         self.optimizer = build_optimizer(task, optim)
         self.average: AveragedModel | None = None
         if config.ema:
-            self.average = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))  # type: ignore[arg-type, no-untyped-call]
+            self.average = AveragedModel(task.kept, multi_avg_fn=get_ema_multi_avg_fn(config.ema))  # type: ignore[arg-type, no-untyped-call]
         self.step = 0
         self.flops_per_step = 0.0
         self.best = -math.inf
         self.metrics: Mapping[str, float] = {}
 
     @property
-    def model(self) -> nn.Module:
-        """The weights to evaluate and keep: the average where there is one."""
-        return self.task.model if self.average is None else self.average.module  # type: ignore[return-value]
+    def kept(self) -> nn.Module:
+        """What to evaluate and save: the average where there is one."""
+        return self.task.kept if self.average is None else self.average.module  # type: ignore[return-value]
 
     def run(self) -> Outcome:
         """Resume from the newest checkpoint, if any, and train to the end or to a signal."""
@@ -211,7 +211,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
-            self.average.update_parameters(self.task.model)  # type: ignore[arg-type]
+            self.average.update_parameters(self.task.kept)  # type: ignore[arg-type]
         clock.steps += 1
         return means, float(norm)
 
@@ -230,16 +230,16 @@ class Trainer:
         if self._evaluate is None or not due:
             return False
         if self.process.leads:
-            self.model.eval()
+            self.kept.eval()
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                self.metrics = dict(self._evaluate(self.model, self.step))
+                self.metrics = dict(self._evaluate(self.kept, self.step))
             self.task.train()
             log.write({"step": self.step, "metrics": dict(self.metrics)})
             log.say("  ".join(f"{name} {value:.2f}" for name, value in self.metrics.items()))
             score = self.metrics.get(self._best_metric, -math.inf) if self._best_metric else -math.inf
             if score > self.best and self._save_best is not None:
                 self.best = score
-                self._save_best(self.model)
+                self._save_best(self.kept)
         if self.process.world > 1:
             dist.barrier()
         return True

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from triptych.checkpoints.folder import load, save_folder
 from triptych.checkpoints.parts import initialise
-from triptych.data.loader import Loader, read_once
-from triptych.data.pipelines import Example, ImageTextPipeline, PretrainingPipeline
-from triptych.data.samples import Record, decode_image, pre_caption
+from triptych.data.loader import Loader
+from triptych.data.pictures import read_pictures
+from triptych.data.pipelines import ImageTextPipeline, PretrainingPipeline
+from triptych.data.samples import pre_caption
 from triptych.data.sources import Source, open_source
 from triptych.data.tokenizers import Tokenizer, train_wordpiece, wordpiece_from_vocab
 from triptych.data.transforms import Preprocessing
@@ -25,8 +26,10 @@ from triptych.models.protocol import VisionLanguageModel
 from triptych.objectives.alignment import Alignment, AlignmentConfig
 from triptych.objectives.prefix_language import split_prefix
 from triptych.objectives.pretraining import Pretraining, PretrainingConfig, TextIds
-from triptych.tasks.captioning import Captioning, CaptioningConfig, CaptionReport, evaluate_captions
-from triptych.tasks.retrieval import RetrievalConfig, RetrievalReport, encode_collection, evaluate_retrieval
+from triptych.tasks.base import Pipeline, Task
+from triptych.tasks.captioning import Captioning, CaptioningConfig
+from triptych.tasks.registry import TaskConfig, task_for
+from triptych.tasks.retrieval import RetrievalConfig, encode_collection, evaluate_retrieval
 from triptych.training.checkpoint import newest_checkpoint
 from triptych.training.loop import Outcome, TrainConfig, Trainer
 from triptych.training.optim import OptimConfig
@@ -79,7 +82,7 @@ class Recipe:
     """A complete configuration of one training.
 
     Attributes:
-        objective: its type decides what is trained: pre-training, retrieval (ITC + ITM), or captioning.
+        objective: its type decides what is trained: pre-training, retrieval (ITC + ITM), or one of the tasks.
         model: sizes; with ``start`` those of the checkpoint are used.
         start: a checkpoint folder to start from, or folders of parts (CLIP, BERT) that ``triptych convert`` made.
         vocabulary: ``vocab.txt`` or ``tokenizer.json``; by default that of a part in ``start``, else a WordPiece of
@@ -88,7 +91,7 @@ class Recipe:
     """
 
     name: str
-    objective: PretrainingConfig | AlignmentConfig | CaptioningConfig
+    objective: PretrainingConfig | AlignmentConfig | TaskConfig
     model: MPlugConfig
     data: DataConfig
     train: TrainConfig
@@ -119,10 +122,11 @@ def run_recipe(recipe: Recipe, folder: Path, process: Process | None = None) -> 
     if recipe.data.evaluate:
         recipe.data.evaluation_source()  # a wrong location should show now, not after the training
     model, tokenizer = _build_model(recipe, source, folder, process)
-    task = _build_task(recipe, model, tokenizer)
-    loader: Loader[Example, Any] = Loader(
+    task = _build_task(recipe, model, tokenizer, source)
+    pipeline = _pipeline(recipe, task, tokenizer)
+    loader: Loader[Any, Any] = Loader(
         source,
-        (pipeline := _pipeline(recipe, tokenizer)).prepare,
+        pipeline.prepare,
         pipeline.collate,
         batch_size=recipe.train.batch_size,
         seed=recipe.train.seed,
@@ -133,14 +137,17 @@ def run_recipe(recipe: Recipe, folder: Path, process: Process | None = None) -> 
         per_caption=recipe.data.per_caption,
     )
 
-    def evaluate(candidate: nn.Module, step: int) -> Mapping[str, float]:
-        assert isinstance(candidate, VisionLanguageModel)
-        return evaluate_model(recipe, candidate, tokenizer, limit=recipe.data.evaluate_limit)[0]
+    def evaluate(kept: nn.Module, step: int) -> Mapping[str, float]:
+        if isinstance(kept, Task):
+            with autocast(kept.device, recipe.train.precision):
+                return kept.evaluate(recipe.data.evaluation_source(), limit=recipe.data.evaluate_limit).scores
+        assert isinstance(kept, VisionLanguageModel)
+        return evaluate_model(recipe, kept, tokenizer, limit=recipe.data.evaluate_limit)
 
-    def save(candidate: nn.Module, name: str) -> Path:
-        return save_folder(
-            folder / name, candidate, tokenizer, recipe.data.preprocessing, task=task_description(recipe)
-        )
+    def save(kept: nn.Module, name: str) -> Path:
+        model, own = (kept.model, kept.own_state()) if isinstance(kept, Task) else (kept, None)
+        description = task_description(recipe, task)
+        return save_folder(folder / name, model, tokenizer, recipe.data.preprocessing, task=description, task_state=own)
 
     trainer = Trainer(
         task,
@@ -150,12 +157,12 @@ def run_recipe(recipe: Recipe, folder: Path, process: Process | None = None) -> 
         recipe.optim,
         process,
         evaluate=evaluate if recipe.data.evaluate else None,
-        best="CIDEr" if isinstance(recipe.objective, CaptioningConfig) else "mean",
-        save_best=lambda candidate: save(candidate, "best"),
+        best=task.metric if isinstance(task, Task) else "mean",
+        save_best=lambda kept: save(kept, "best"),
     )
     outcome = trainer.run()
     if outcome.finished and process.leads:
-        save(trainer.model, "model")
+        save(trainer.kept, "model")
     return Run(folder, folder / "model", outcome)
 
 
@@ -194,10 +201,10 @@ def _difference(begun: Any, wanted: Any) -> str:
     return f"it was {begun!r} and is {wanted!r}"
 
 
-def task_description(recipe: Recipe) -> dict[str, Any]:
-    """What a saved model was trained for, so that it can be used without its recipe."""
-    captioning = recipe.objective if isinstance(recipe.objective, CaptioningConfig) else recipe.captioning
-    return {"recipe": recipe.name, "captioning": asdict(captioning), "retrieval": asdict(recipe.retrieval)}
+def task_description(recipe: Recipe, task: nn.Module) -> dict[str, Any]:
+    """What a saved model was trained for, so that it can be used without its recipe: settings by name of the task."""
+    description = {"recipe": recipe.name, "caption": asdict(recipe.captioning), "retrieval": asdict(recipe.retrieval)}
+    return description | ({task.name: asdict(task.config)} if isinstance(task, Task) else {})
 
 
 def _build_model(
@@ -250,76 +257,40 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer.load(path) if str(path).endswith(".json") else wordpiece_from_vocab(path)
 
 
-def _build_task(recipe: Recipe, model: VisionLanguageModel, tokenizer: Tokenizer) -> nn.Module:
+def _build_task(recipe: Recipe, model: VisionLanguageModel, tokenizer: Tokenizer, source: Source) -> nn.Module:
     pixels, objective, seed = recipe.data.preprocessing, recipe.objective, recipe.train.seed
-    if isinstance(objective, CaptioningConfig):
-        task = Captioning(model, tokenizer, pixels, objective)
-        model.train_only(*task.uses)  # not by the task itself, which also evaluates models that are being trained
-        return task
     if isinstance(objective, PretrainingConfig):
         ids = TextIds(tokenizer.pad_id, tokenizer.mask_id, tokenizer.special_ids, tokenizer.vocab_size)
         return Pretraining(model, objective, ids, mean=pixels.mean, std=pixels.std, seed=seed)
-    return Alignment(model, objective, mean=pixels.mean, std=pixels.std, seed=seed)
+    if isinstance(objective, AlignmentConfig):
+        return Alignment(model, objective, mean=pixels.mean, std=pixels.std, seed=seed)
+    kind = task_for(objective)
+    task = kind(model, tokenizer, pixels, kind.complete(objective, source))
+    model.train_only(*task.uses)  # not by the task itself, which also evaluates models that are being trained
+    return task
 
 
-def _pipeline(recipe: Recipe, tokenizer: Tokenizer) -> ImageTextPipeline:
-    data, objective = recipe.data, recipe.objective
+def _pipeline(recipe: Recipe, task: nn.Module, tokenizer: Tokenizer) -> Pipeline:
+    data = recipe.data
     transform = data.preprocessing.train_transform(data.scale, data.augment, data.flip)
-    if isinstance(objective, PretrainingConfig):
+    if isinstance(task, Task):
+        return task.training_pipeline(transform, data.max_words, data.max_tokens)
+    if isinstance(task, Pretraining):
         return PretrainingPipeline(tokenizer, transform, data.max_words, data.max_tokens, split=split_prefix)
-    plain = ImageTextPipeline(tokenizer, transform, data.max_words, data.max_tokens)
-    if isinstance(objective, CaptioningConfig):
-        return replace(plain, end=True, prompt=objective.start, clean=False)
-    return plain
-
-
-Pictures = Iterator[tuple[Sequence[Record], Tensor]]
-
-
-def read_pictures(source: Source, preprocessing: Preprocessing, batch_size: int = 50, limit: int = 0) -> Pictures:
-    """Records and their pixels (uint8), in order; ``limit`` stops after so many pictures."""
-    transform = preprocessing.test_transform()
-    batches = read_once(source, _Show(transform), _as_batch, batch_size=min(batch_size, limit) if limit else batch_size)
-    seen = 0
-    for records, pixels_BCHW in batches:
-        left = limit - seen if limit else len(records)
-        yield records[:left], pixels_BCHW[:left]
-        seen += len(records)
-        if limit and seen >= limit:
-            return
-
-
-@dataclass(frozen=True)
-class _Show:
-    transform: Any
-
-    def __call__(self, record: Record, seed: int) -> tuple[Record, Tensor]:
-        return replace(record, image=None), self.transform(decode_image(record))
-
-
-def _as_batch(examples: list[tuple[Record, Tensor]]) -> tuple[list[Record], Tensor]:
-    records, pixels = zip(*examples, strict=True)
-    return list(records), torch.stack(pixels)
+    return ImageTextPipeline(tokenizer, transform, data.max_words, data.max_tokens)
 
 
 def evaluate_model(
-    recipe: Recipe, model: VisionLanguageModel, tokenizer: Tokenizer, *, limit: int = 0, blank: bool = False
-) -> tuple[dict[str, float], CaptionReport | None, RetrievalReport | None]:
-    """Captions and retrieval on the recipe's evaluation data, as far as its objective trained them."""
-    preprocessing, objective = recipe.data.preprocessing, recipe.objective
-    scores: dict[str, float] = {}
-    captions, retrieval = None, None
-    device = next(model.parameters()).device
+    recipe: Recipe, model: VisionLanguageModel, tokenizer: Tokenizer, *, limit: int = 0
+) -> dict[str, float]:
+    """Retrieval, and after pre-training captions, on the recipe's evaluation data."""
+    preprocessing = recipe.data.preprocessing
     model.eval()
-    with autocast(device, recipe.train.precision):
-        if not isinstance(objective, CaptioningConfig):
-            pictures = read_pictures(recipe.data.evaluation_source(), preprocessing, limit=limit)
-            collection = encode_collection(model, tokenizer, preprocessing, pictures, recipe.retrieval, blank=blank)
-            retrieval = evaluate_retrieval(model, collection, recipe.retrieval)
-            scores |= retrieval.scores
-        if isinstance(objective, PretrainingConfig | CaptioningConfig):
-            config = objective if isinstance(objective, CaptioningConfig) else recipe.captioning
-            pictures = read_pictures(recipe.data.evaluation_source(), preprocessing, limit=limit)
-            captions = evaluate_captions(Captioning(model, tokenizer, preprocessing, config), pictures, blank=blank)
-            scores |= captions.scores
-    return scores, captions, retrieval
+    with autocast(next(model.parameters()).device, recipe.train.precision):
+        pictures = read_pictures(recipe.data.evaluation_source(), preprocessing, limit=limit)
+        collection = encode_collection(model, tokenizer, preprocessing, pictures, recipe.retrieval)
+        scores = dict(evaluate_retrieval(model, collection, recipe.retrieval).scores)
+        if isinstance(recipe.objective, PretrainingConfig):
+            captioner = Captioning(model, tokenizer, preprocessing, recipe.captioning)
+            scores |= captioner.evaluate(recipe.data.evaluation_source(), limit=limit).scores
+    return scores

@@ -1,0 +1,31 @@
+"""Heads that tasks put on a network.
+
+Shape legend: X any number of rows, P pooled width, K classes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from triptych.models.layers import init_weights
+
+
+class ClassifierHead(nn.Module):
+    """Linear, norm, GELU, linear, on pooled states ``[X, P]``: logits ``[X, K]``.
+
+    Source: microsoft/BridgeTower ``bt_module.py`` (VQA, NLVR2, SNLI-VE), whose hidden width is a multiple of P;
+    EVE's VQA head is the same.
+    """
+
+    def __init__(self, width: int, classes: int, *, scale: float = 2.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        hidden = int(width * scale)
+        self.dropout = nn.Dropout(dropout)
+        self.expand = nn.Linear(width, hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.activation = nn.GELU()
+        self.classify = nn.Linear(hidden, classes)
+        init_weights(self, width)
+
+    def forward(self, pooled_XP: Tensor) -> Tensor:
+        return self.classify(self.activation(self.norm(self.expand(self.dropout(pooled_XP)))))

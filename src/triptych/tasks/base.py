@@ -1,0 +1,235 @@
+"""What every downstream task has: a loss to fine-tune with, and an evaluation.
+
+Shape legend: B pictures, Q items (questions, statements...), C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from triptych.data.batches import Movable
+from triptych.data.loader import read_once, seeded
+from triptych.data.samples import Record, decode_image
+from triptych.data.sources import Source
+from triptych.data.tokenizers import Tokenizer
+from triptych.data.transforms import Preprocessing, Transform
+from triptych.models.protocol import Part, VisionLanguageModel
+
+Item = TypeVar("Item")
+Batch = TypeVar("Batch", bound="ItemBatch")
+
+
+@dataclass(frozen=True)
+class Report:
+    """An evaluation.
+
+    Attributes:
+        scores: by metric, in the units of the field.
+        predictions: one JSON object an item, as the task's owners want results.
+        credits: what each item scored, 0 to 1, in the same order: for paired tests between two systems.
+    """
+
+    scores: dict[str, float]
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    credits: list[float] = field(default_factory=list)
+
+
+class Pipeline(Protocol):
+    """From records to batches: ``prepare`` runs in the loader's workers, ``collate`` in the main process."""
+
+    def prepare(self, record: Record, seed: int) -> Any: ...
+    def collate(self, examples: list[Any]) -> Any: ...
+
+
+class Task(nn.Module, ABC):
+    """A model with a task to learn and to be judged by; a call with a batch gives its losses by name.
+
+    Attributes:
+        name: on the command line and in a checkpoint's description.
+        metric: the score (larger is better) that chooses among the weights of a run.
+    """
+
+    name: ClassVar[str]
+    metric: ClassVar[str]
+    config_type: ClassVar[type[Any]]
+    model: VisionLanguageModel
+    config: Any
+
+    def __init__(
+        self, model: VisionLanguageModel, tokenizer: Tokenizer, preprocessing: Preprocessing, config: Any
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.preprocessing = preprocessing
+        self.config = config
+
+    @classmethod
+    def complete(cls, config: Any, records: Iterable[Record]) -> Any:
+        """The configuration with what only the training data can say, such as a list of answers."""
+        return config
+
+    @property
+    def kept(self) -> nn.Module:
+        """What training averages, evaluates and saves."""
+        return self
+
+    @property
+    @abstractmethod
+    def uses(self) -> tuple[Part, ...]:
+        """The parts of the model that run: training freezes the others, which would never get a gradient."""
+
+    @abstractmethod
+    def forward(self, batch: Any, step: int = 0, part: int = 0) -> dict[str, Tensor]:
+        """Losses by name; their sum is what is minimised."""
+
+    @abstractmethod
+    def training_pipeline(self, transform: Transform, max_words: int, max_tokens: int) -> Pipeline:
+        """How training reads records; longer texts are cut."""
+
+    @abstractmethod
+    def evaluate(self, source: Source, *, limit: int = 0, blank: bool = False) -> Report:
+        """Predict for every item of a data set and score.
+
+        Args:
+            limit: stop after so many pictures; 0 for all.
+            blank: show the model a grey picture instead of each, to see what it answers without looking.
+        """
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The parameters of the task itself: those of its head."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
+
+    def load_own_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of :meth:`own_state`.
+
+        Raises:
+            ValueError: a head of another shape, or none.
+        """
+        if state.keys() != self.own_state().keys():
+            raise ValueError(f"the checkpoint has not the head that the task {self.name!r} needs: fine-tune it first")
+        try:
+            self.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            raise ValueError(f"the checkpoint's head does not fit the task {self.name!r}: {error}") from error
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+
+@dataclass(frozen=True)
+class Shown(Generic[Item]):
+    """A picture (or several, in the leading dimension) as uint8 pixels, with what is asked of it."""
+
+    pixels: Tensor
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class ItemBatch(Movable):
+    """Pictures, and items of them: item q is about picture ``picture_Q[q]``."""
+
+    pixels_BCHW: Tensor
+    picture_Q: Tensor
+
+    def __len__(self) -> int:
+        return len(self.picture_Q)
+
+
+def show_picture(record: Record, transform: Transform) -> Tensor:
+    """The record's one picture."""
+    return transform(decode_image(record))
+
+
+@dataclass(frozen=True)
+class ItemPipeline(Generic[Item]):
+    """Pictures with some of their items.
+
+    Args:
+        items: what a record has to ask; raises BrokenSample where that is nothing.
+        batch: makes a batch of ``(pixels, picture_Q, items)``.
+        per_picture: so many of a picture's items are drawn each time; 0 takes all. The picture is encoded once for
+            them.
+        show: the pixels of a record, ``[C, H, W]`` or with leading dimensions.
+    """
+
+    items: Callable[[Record], Sequence[Item]]
+    transform: Transform
+    batch: Callable[[Tensor, Tensor, Sequence[Item]], Any]
+    per_picture: int = 1
+    show: Callable[[Record, Transform], Tensor] = show_picture
+
+    def prepare(self, record: Record, seed: int) -> Shown[Item]:
+        """Decode, transform and draw items."""
+        items = list(self.items(record))
+        with seeded(seed):
+            pixels = self.show(record, self.transform)
+            if 0 < self.per_picture < len(items):
+                items = [items[index] for index in torch.randperm(len(items))[: self.per_picture].tolist()]
+        return Shown(pixels, tuple(items))
+
+    def collate(self, examples: list[Shown[Item]]) -> Any:
+        """One batch."""
+        counts_B = torch.tensor([len(example.items) for example in examples])
+        picture_Q = torch.arange(len(examples)).repeat_interleave(counts_B)
+        items = [item for example in examples for item in example.items]
+        return self.batch(torch.stack([example.pixels for example in examples]), picture_Q, items)
+
+
+class ItemTask(Task, Generic[Item, Batch]):
+    """A task that asks one or more things of each picture and predicts something for each."""
+
+    @abstractmethod
+    def items(self, max_words: int | None = None) -> Callable[[Record], Sequence[Item]]:
+        """What reads a record's items; it goes to worker processes, so it holds no model."""
+
+    @abstractmethod
+    def batch(self, pixels_BCHW: Tensor, picture_Q: Tensor, items: Sequence[Item], *, max_tokens: int) -> Batch:
+        """One batch on the CPU, with inputs cut to ``max_tokens``."""
+
+    @abstractmethod
+    def predict(self, batch: Batch) -> list[Any]:
+        """A prediction for each item, in the order of the batch."""
+
+    @abstractmethod
+    def report(self, items: Sequence[Item], predictions: Sequence[Any]) -> Report:
+        """Score predictions."""
+
+    show: Callable[[Record, Transform], Tensor] = staticmethod(show_picture)
+
+    def training_pipeline(self, transform: Transform, max_words: int, max_tokens: int) -> ItemPipeline[Item]:
+        batch = partial(self.batch, max_tokens=max_tokens)
+        return ItemPipeline(self.items(max_words), transform, batch, self.config.per_picture, self.show)
+
+    def evaluate(self, source: Source, *, limit: int = 0, blank: bool = False, pictures: int = 32) -> Report:
+        """Predict for every item of a data set and score; ``pictures`` are encoded at once."""
+        batch = partial(self.batch, max_tokens=self.model.max_text)
+        pipeline = ItemPipeline(self.items(), self.preprocessing.test_transform(), batch, 0, self.show)
+        asked: list[Item] = []
+        predictions: list[Any] = []
+        for shown in _first(read_once(source, pipeline.prepare, list, batch_size=pictures), limit):
+            asking = pipeline.collate(shown)
+            if blank:
+                asking = replace(asking, pixels_BCHW=torch.full_like(asking.pixels_BCHW, 128))
+            predictions += self.predict(asking.to(self.device))
+            asked += [item for example in shown for item in example.items]
+        return self.report(asked, predictions)
+
+
+def _first(batches: Iterator[list[Shown[Item]]], limit: int) -> Iterator[list[Shown[Item]]]:
+    """The first ``limit`` pictures, or all."""
+    left = limit
+    for shown in batches:
+        yield shown[:left] if limit else shown
+        left -= len(shown)
+        if limit and left <= 0:
+            return

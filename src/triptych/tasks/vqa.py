@@ -1,0 +1,296 @@
+"""Visual question answering: generated, ranked among a list of answers, or classified.
+
+Source: mPLUG section 4 and appendix; X-PLUG/mPLUG ``models/model_vqa_mplug.py``, ``dataset/vqa_dataset.py``. The
+classifier: BridgeTower ``objectives.py:496-533``, EVE's paper.
+
+Shape legend: B pictures, Q questions, A answers (of all questions of a batch), K classes, L tokens, V vocabulary,
+D width of states, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from triptych.data.batches import Tokens
+from triptych.data.samples import BrokenSample, Record, pre_caption
+from triptych.data.tokenizers import Tokenizer
+from triptych.data.transforms import Preprocessing
+from triptych.generation import BeamSearch, RankRule, SpecialIds, generate, rank_texts
+from triptych.metrics.vqa import Rules, normalize_answer, vqa_accuracy
+from triptych.models.heads import ClassifierHead
+from triptych.models.protocol import Fused, Part, VisionLanguageModel
+from triptych.objectives.distributed import mean_over_all
+from triptych.tasks.base import ItemBatch, ItemTask, Report
+
+Answering = Literal["generate", "rank", "classify"]
+
+
+@dataclass(frozen=True)
+class VqaConfig:
+    """How questions are answered.
+
+    Attributes:
+        answering: ``generate`` decodes freely (mPLUG's released inference), ``rank`` chooses among ``answers`` by the
+            decoder's probability (ALBEF), ``classify`` puts a classifier on the fused state (BridgeTower, EVE). The
+            first two are trained alike.
+        answers: to rank, or the classes. Empty: collected from the training data, those given at least ``min_count``
+            times (official: 9, which gives 3,129 on VQA v2), in the order in which they first occur.
+        search: released settings: beam 5, at most 10 tokens.
+        candidates: ranked answers, those with the most probable first tokens (official: 128); 0 ranks all.
+        rank_rule: see :func:`triptych.generation.rank_texts`.
+        ocr, objects: put the words read in the picture, and the labels of its objects, after the question (mPLUG).
+        per_picture: questions of a picture in one step, for which it is encoded once.
+        head_scale, head_dropout: of the classifier.
+        rules: answers are compared as the official scorer of this year does it.
+    """
+
+    answering: Answering = "generate"
+    answers: tuple[str, ...] = ()
+    min_count: int = 9
+    search: BeamSearch = field(default_factory=lambda: BeamSearch(5, 1, 10))
+    candidates: int = 128
+    rank_rule: RankRule = "chain"
+    ocr: bool = False
+    objects: bool = False
+    per_picture: int = 1
+    head_scale: float = 2.0
+    head_dropout: float = 0.0
+    rules: Rules = "2021"
+
+    def __post_init__(self) -> None:
+        if self.answering not in get_args(Answering):
+            raise ValueError(f"answering must be one of {', '.join(get_args(Answering))}, not {self.answering!r}")
+
+    def completed(self, records: Iterable[Record]) -> VqaConfig:
+        """With the list of answers that training data give, where one is needed and there is none."""
+        if self.answers or self.answering == "generate":
+            return self
+        counts = Counter(
+            normalize_answer(Counter(answers).most_common(1)[0][0])
+            for record in records
+            for _, answers, _ in _questions(record)
+            if answers
+        )
+        answers = tuple(answer for answer, count in counts.items() if count >= self.min_count)
+        if not answers:
+            raise ValueError(f"no answer occurs {self.min_count} times in the training data: lower min_count")
+        return replace(self, answers=answers)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question as the model reads it.
+
+    Attributes:
+        text: with the words and labels of the picture, where they are used.
+        answers: of the humans asked; empty in test sets.
+        weights: of the answers in training.
+    """
+
+    question_id: int | str
+    text: str
+    answers: tuple[str, ...]
+    weights: tuple[float, ...]
+    answer_type: str | None = None
+
+
+@dataclass(frozen=True)
+class ReadQuestions:
+    """The questions of a record (see ``docs/data.md``)."""
+
+    separator: str
+    ocr: bool
+    objects: bool
+
+    def __call__(self, record: Record) -> list[Question]:
+        found = []
+        for number, (values, answers, weights) in enumerate(_questions(record)):
+            parts = [str(values["question"])]
+            if self.ocr:
+                parts.append(pre_caption(str(record.extra.get("ocr", ""))))
+            if self.objects:
+                parts.append(str(record.extra.get("object_labels", "")))
+            name = values.get("question_id", f"{record.image_id}#{number}")
+            text = f" {self.separator} ".join(parts)
+            found.append(Question(name, text, answers, weights, values.get("answer_type", values.get("kind"))))
+        if not found:
+            raise BrokenSample(record.key, "it has no question")
+        return found
+
+
+def _questions(record: Record) -> list[tuple[dict[str, Any], tuple[str, ...], tuple[float, ...]]]:
+    """Each question's fields, its different answers, and their weights in training."""
+    listed = record.extra.get("questions")
+    asked = listed if isinstance(listed, list) else [record.extra] if "question" in record.extra else []
+    return [(dict(values), *_answers(values)) for values in asked]
+
+
+def _answers(values: Any) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """All answers as given, and weights: the official share of the humans, unless the source says others."""
+    answers = values.get("answers", values.get("answer"))
+    answers = () if answers is None else (answers,) if isinstance(answers, str) else tuple(map(str, answers))
+    weights = values.get("answer_weights")
+    return answers, tuple(weights) if weights else tuple(1 / len(answers) for _ in answers)
+
+
+@dataclass(frozen=True)
+class VqaBatch(ItemBatch):
+    """Pictures and questions.
+
+    Attributes:
+        question: ``[CLS] question``.
+        answer: ``[CLS] answer [SEP]`` of each different answer; empty rows where the task does not decode.
+        question_A, weight_A: which question an answer belongs to, and what it counts.
+        target_QK: how right each class is, 0 to 1.
+    """
+
+    question: Tokens
+    answer: Tokens
+    question_A: Tensor
+    weight_A: Tensor
+    target_QK: Tensor
+
+
+class VisualQuestionAnswering(ItemTask[Question, VqaBatch]):
+    """Answers questions about pictures."""
+
+    name: ClassVar[str] = "vqa"
+    metric: ClassVar[str] = "overall"
+    config_type: ClassVar[type[Any]] = VqaConfig
+    config: VqaConfig
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        tokenizer: Tokenizer,
+        preprocessing: Preprocessing,
+        config: VqaConfig | None = None,
+    ) -> None:
+        super().__init__(model, tokenizer, preprocessing, config or VqaConfig())
+        if self.config.answering == "classify":
+            self.head = ClassifierHead(
+                model.pooled_width,
+                len(self.config.answers),
+                scale=self.config.head_scale,
+                dropout=self.config.head_dropout,
+            )
+        elif model.decoder is None:
+            raise ValueError(f"this {model.model_type} has no decoder: answer with answering='classify'")
+        if self.config.answering != "generate" and not self.config.answers:
+            raise ValueError(f"answering={self.config.answering!r} needs a list of answers")
+        self._class_of = {normalize_answer(answer): index for index, answer in enumerate(self.config.answers)}
+        self._special = SpecialIds(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+
+    @property
+    def uses(self) -> tuple[Part, ...]:
+        shared: tuple[Part, ...] = ("image", "text", "fusion")
+        return shared if self.config.answering == "classify" else (*shared, "decoder")
+
+    @classmethod
+    def complete(cls, config: VqaConfig, records: Iterable[Record]) -> VqaConfig:
+        return config.completed(records)
+
+    def items(self, max_words: int | None = None) -> Callable[[Record], Sequence[Question]]:
+        return ReadQuestions(self.tokenizer.special.eos, self.config.ocr, self.config.objects)
+
+    def batch(self, pixels_BCHW: Tensor, picture_Q: Tensor, items: Sequence[Question], *, max_tokens: int) -> VqaBatch:
+        question = self.tokenizer.encode_batch([item.text for item in items], max_length=max_tokens, end=False)
+        weights = [(row, answer, weight) for row, item in enumerate(items) for answer, weight in _merged(item).items()]
+        rows, texts, values = zip(*weights, strict=True) if weights else ((), (), ())
+        return VqaBatch(
+            pixels_BCHW,
+            picture_Q,
+            Tokens(*question),
+            Tokens(*self.tokenizer.encode_batch(texts, max_length=None, end=True)),
+            torch.tensor(rows, dtype=torch.long),
+            torch.tensor(values, dtype=torch.float32),
+            torch.stack([self._targets(item) for item in items]),
+        )
+
+    def forward(self, batch: VqaBatch, step: int = 0, part: int = 0) -> dict[str, Tensor]:
+        """Generation: each answer's summed cross-entropy times its weight, averaged over questions (official).
+
+        Classification: binary cross-entropy of every class with its soft score, summed over classes.
+        """
+        fused = self._fuse(batch)
+        if self.config.answering == "classify":
+            logits_QK = self.head(fused.pooled_BP).float()
+            loss_QK = F.binary_cross_entropy_with_logits(logits_QK, batch.target_QK, reduction="none")
+            return {"vqa": mean_over_all(loss_QK.sum(1))}
+        decoder = self.model.decoder
+        assert decoder is not None
+        memory = [own.select(batch.question_A) for own in decoder.remember(fused.states())]
+        hidden_ALD = decoder(batch.answer.ids_BL[:, :-1], memory)
+        next_AL = batch.answer.mask_BL[:, 1:]
+        logits_XV = decoder.logits(hidden_ALD[next_AL])
+        loss_X = F.cross_entropy(logits_XV.float(), batch.answer.ids_BL[:, 1:][next_AL], reduction="none")
+        answer_X = next_AL.nonzero()[:, 0]
+        loss_Q = torch.zeros(len(batch), device=loss_X.device)
+        loss_Q = loss_Q.index_add(0, batch.question_A[answer_X], loss_X * batch.weight_A[answer_X])
+        return {"vqa": mean_over_all(loss_Q)}
+
+    @torch.inference_mode()
+    def predict(self, batch: VqaBatch) -> list[str]:
+        """An answer for each question."""
+        fused = self._fuse(batch)
+        if self.config.answering == "classify":
+            return [self.config.answers[index] for index in self.head(fused.pooled_BP).argmax(1).tolist()]
+        decoder = self.model.decoder
+        assert decoder is not None
+        if self.config.answering == "generate":
+            found = generate(decoder, fused.states(), self.config.search, self._special)
+            return [self.tokenizer.decode(hypotheses[0].ids) for hypotheses in found]
+        texts = Tokens(*self.tokenizer.encode_batch(self.config.answers, max_length=None, end=True))
+        best_QK, _ = rank_texts(
+            decoder, fused.states(), texts, candidates=self.config.candidates, rule=self.config.rank_rule
+        )
+        return [self.config.answers[index] for index in best_QK[:, 0].tolist()]
+
+    def report(self, items: Sequence[Question], predictions: Sequence[Any]) -> Report:
+        """Soft accuracy in percent, overall and by type of answer; questions without answers are only answered."""
+        results = [
+            {"question_id": item.question_id, "answer": answer} for item, answer in zip(items, predictions, strict=True)
+        ]
+        judged = [
+            (item.answer_type, vqa_accuracy(item.answers, answer, self.config.rules))
+            for item, answer in zip(items, predictions, strict=True)
+            if item.answers
+        ]
+        scores = {"overall": _percent(credit for _, credit in judged)} if judged else {}
+        for kind in sorted({kind for kind, _ in judged if kind is not None}):
+            scores[kind] = _percent(credit for own, credit in judged if own == kind)
+        return Report(scores, results, [credit for _, credit in judged])
+
+    def _fuse(self, batch: VqaBatch) -> Fused:
+        image = self.model.encode_image(self.preprocessing.normalize(batch.pixels_BCHW))
+        text = self.model.encode_text(batch.question.ids_BL, batch.question.mask_BL)
+        return self.model.fuse(image, text, batch.picture_Q)
+
+    def _targets(self, item: Question) -> Tensor:
+        """Soft scores of the classes, ``[K]``: 0.3, 0.6, 0.9, 1 for 1, 2, 3, 4 humans; 1 where only one was asked."""
+        target_K = torch.zeros(len(self.config.answers))
+        if self.config.answering == "classify":
+            for answer, count in Counter(map(normalize_answer, item.answers)).items():
+                if answer in self._class_of:
+                    target_K[self._class_of[answer]] = 1.0 if len(item.answers) == 1 else min(1.0, 0.3 * count)
+        return target_K
+
+
+def _merged(item: Question) -> dict[str, float]:
+    """The different answers and the sum of their weights."""
+    merged: dict[str, float] = {}
+    for answer, weight in zip(item.answers, item.weights, strict=True):
+        merged[answer] = merged.get(answer, 0.0) + weight
+    return merged
+
+
+def _percent(credits: Iterable[float]) -> float:
+    values = list(credits)
+    return round(100 * sum(values) / len(values), 4)
