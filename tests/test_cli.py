@@ -139,6 +139,57 @@ def test_scores_of_captions_that_another_program_wrote(run: Run, tmp_path: Path)
     assert scores["Bleu_1"] == pytest.approx(7 / 9 * 2.718281828 ** (1 - 12 / 9), abs=1e-4)
 
 
+@pytest.fixture(scope="module")
+def answering(world: Path, pretrained: Path) -> Path:
+    """A model fine-tuned to answer questions for two steps."""
+    folder = world / "answering"
+    data = ["--data", str(world / "train-*.tar"), "--evaluate-data", str(world / "test-*.tar")]
+    cli.main(["finetune", "vqa", "shapes_tiny", "--start", str(pretrained), *data, "--folder", str(folder), *SHORT])
+    return folder / "model"
+
+
+def test_answers_are_evaluated_and_written(run: Run, world: Path, answering: Path, tmp_path: Path) -> None:
+    common = ["evaluate", "vqa", "--checkpoint", answering, "--data", world / "test-*.tar"]
+    scores = run(*common, "--predictions", tmp_path / "answers.json")
+    assert {"overall", "colour", "count"} <= set(scores)
+    assert all(0 <= score <= 100 for score in scores.values())
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert len(answers) > 6
+    assert all(set(answer) == {"question_id", "answer"} for answer in answers)
+    assert set(run(*common, "--blank")) == set(scores)
+
+
+def test_questions_about_pictures(world: Path, answering: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [str(path) for path in sorted(world.glob("*.png"))]
+    questions = ["what colour is the circle ?", "how many objects are there ?"]
+    cli.main(["predict", "vqa", *paths, "--checkpoint", str(answering), "--question", *questions])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["image"], line["question"]) for line in lines] == [(p, q) for p in paths for q in questions]
+    assert all(isinstance(line["answer"], str) for line in lines)
+
+
+def test_scores_of_answers_that_another_program_wrote(run: Run, fails: Callable[..., str], tmp_path: Path) -> None:
+    ids = (1, 2)
+    given = (["two"] * 3 + ["2"] * 4 + ["3"] * 3, ["Yes"] * 10)
+    annotations = [
+        {"question_id": number, "image_id": 1, "answer_type": kind, "answers": [{"answer": a} for a in answers]}
+        for number, kind, answers in zip(ids, ("number", "yes/no"), given, strict=True)
+    ]
+    files = {
+        "questions": {"questions": [{"question_id": number, "image_id": 1, "question": "?"} for number in ids]},
+        "annotations": {"annotations": annotations},
+        "predictions": [{"question_id": 1, "answer": "3"}, {"question_id": 2, "answer": "yes"}],
+    }
+    command: list[object] = ["score", "vqa"]
+    for name, value in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+        command += [f"--{name}", tmp_path / f"{name}.json"]
+    assert run(*command) == {"overall": 45.0, "number": 90.0, "yes/no": 0.0}  # all wrote "Yes", so "yes" is another
+    assert run(*command, "--rules", "2016")["overall"] == 45.0
+    (tmp_path / "questions.json").write_text(json.dumps({"questions": files["questions"]["questions"][:1]}))  # type: ignore[call-overload]
+    assert "answers question 2" in fails(*command)
+
+
 def test_mistakes_are_one_line(fails: Callable[..., str], world: Path, pretrained: Path, tmp_path: Path) -> None:
     data = ["--data", world / "train-*.tar", "--folder", tmp_path]
     assert "no recipe 'lettuce'" in fails("pretrain", "lettuce", *data)
@@ -147,10 +198,17 @@ def test_mistakes_are_one_line(fails: Callable[..., str], world: Path, pretraine
     broken.write_bytes(b"not a checkpoint")
     assert "broken.pth" in fails("convert", broken, tmp_path / "converted", "--from", "mplug")
     assert "nothing-here" in fails("evaluate", "retrieval", "--checkpoint", tmp_path / "nothing-here", *data[:2])
+    assert "was not trained for vqa, only for: retrieval, caption" in fails(
+        "evaluate", "vqa", "--checkpoint", pretrained, *data[:2]
+    )
+    assert "--question is needed for vqa" in fails("predict", "vqa", "x.png", "--checkpoint", pretrained)
     assert "nowhere.png" in fails("predict", "caption", tmp_path / "nowhere.png", "--checkpoint", pretrained)
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS), ["data", "shapes"], ["data", "check"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], *([name] for name in cli.COMMANDS), *([group, name] for group in cli.GROUPS for name in cli.GROUPS[group])],
+)
 def test_help_explains_every_option(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([*command, "--help"])

@@ -34,7 +34,7 @@ class TrainingOptions:
         splits: splits of a Karpathy file to train on, such as train restval.
         evaluate_splits: splits of a Karpathy file to evaluate on.
         start: checkpoint folder or Hub id to start from, or folders of converted parts (CLIP, BERT).
-        vocabulary: vocab.txt or tokenizer.json; by default that of --start, else one is trained on the captions.
+        vocabulary: vocab.txt or tokenizer.json; by default that of --start, else one is trained on the data.
         steps: optimiser steps.
         batch_size: samples a process and forward pass.
         accumulate: forward passes an optimiser step.
@@ -101,7 +101,7 @@ def pretrain(recipe: Positional[str], options: OmitSubcommandPrefixes[TrainingOp
 
 
 def finetune(
-    task: Positional[Literal["caption", "retrieval"]],
+    task: Positional[Literal["caption", "retrieval", "vqa"]],
     recipe: Positional[str],
     options: OmitSubcommandPrefixes[TrainingOptions],
 ) -> None:
@@ -109,7 +109,8 @@ def finetune(
 
     Args:
         task: what to train for.
-        recipe: coco_base, coco_large, flickr8k, or shapes_tiny.
+        recipe: shapes_tiny; for caption and retrieval also coco_base, coco_large, flickr8k; for vqa also vqa_v2_base,
+            vqa_v2_large.
         options: changes to the recipe.
     """
     from triptych import recipes
@@ -136,7 +137,7 @@ def _train(recipe: Recipe, folder: Path) -> None:
 
 
 def evaluate(
-    task: Positional[Literal["caption", "retrieval"]],
+    task: Positional[Literal["caption", "retrieval", "vqa"]],
     checkpoint: Path,
     data: tuple[str, ...],
     image_root: str | None = None,
@@ -158,7 +159,7 @@ def evaluate(
         splits: of a Karpathy file.
         limit: only so many pictures.
         blank: show a grey picture instead of each, to see how much the pictures matter.
-        predictions: write the generated captions here (COCO result format).
+        predictions: write captions or answers here, as COCO's and VQA's servers want them.
         precision: arithmetic.
         compile: compile the encoders first (about a minute), for thousands of pictures.
         candidates: of retrieval: so many of the best by embeddings are re-ranked by matching, with 0 none; by default
@@ -167,27 +168,17 @@ def evaluate(
     from triptych.predict import Predictor
 
     predictor = Predictor.load(checkpoint, precision=precision, compile=compile, candidates=candidates)
-    if task == "retrieval":
-        _print_json(predictor.evaluate_retrieval(data, image_root, splits, limit=limit, blank=blank))
-        return
-    report = predictor.evaluate_captions(data, image_root, splits, limit=limit, blank=blank)
-    if predictions is not None:
-        predictions.write_text(json.dumps(report.results(), indent=1) + "\n")
-        _say(f"wrote {len(report.predictions)} captions to {predictions}")
+    report = predictor.evaluate(task, data, image_root, splits, limit=limit, blank=blank)
+    if predictions is not None and report.predictions:
+        predictions.write_text(json.dumps(report.predictions, indent=1) + "\n")
+        _say(f"wrote {len(report.predictions)} predictions to {predictions}")
     _print_json(report.scores)
 
 
-def score(
-    task: Positional[Literal["captions"]],
-    references: Path,
-    predictions: Path,
-    allow_missing: bool = False,
-    java: bool = False,
-) -> None:
+def score_captions(references: Path, predictions: Path, allow_missing: bool = False, java: bool = False) -> None:
     """Score captions that any program wrote: BLEU, ROUGE-L and CIDEr, exactly as the field's scorer gives them.
 
     Args:
-        task: what is scored.
         references: COCO caption annotations.
         predictions: COCO results: a list of {"image_id", "caption"}.
         allow_missing: score only the pictures that have a prediction.
@@ -204,10 +195,44 @@ def score(
     _print_json(scores)
 
 
+def score_vqa(
+    questions: Path,
+    annotations: Path,
+    predictions: Path,
+    rules: Literal["2021", "2016"] = "2021",
+    by: Literal["answer_type", "question_type"] = "answer_type",
+    allow_missing: bool = False,
+) -> None:
+    """Score answers that any program wrote: VQA v2's accuracy in percent, exactly as its owners' scorer gives it.
+
+    Args:
+        questions: the official questions.
+        annotations: the official annotations with the human answers.
+        predictions: results: a list of {"question_id", "answer"}.
+        rules: of the official scorer since March 2021, or those that papers before it used.
+        by: what accuracies beside the overall one are given by.
+        allow_missing: score only the questions that have a prediction.
+    """
+    from triptych.metrics.vqa import read_vqa_annotations, read_vqa_questions, read_vqa_results, score_vqa
+
+    asked, expected = read_vqa_questions(questions), read_vqa_annotations(annotations)
+    unknown = {one.question_id for one in expected} - {one.question_id for one in asked}
+    if unknown:
+        raise ValueError(f"{annotations} answers question {min(unknown)}, which {questions} does not have")
+    found = read_vqa_results(predictions)
+    _print_json(score_vqa(expected, found, rules, by=by, allow_missing=allow_missing))
+
+
+def score(command: Positional[Literal["captions", "vqa"]]) -> None:
+    """Score predictions that any program wrote: `triptych score captions --help`, `triptych score vqa --help`."""
+    raise AssertionError(f"{command} is handled by main")
+
+
 def predict(
-    task: Positional[Literal["caption"]],
+    task: Positional[Literal["caption", "vqa"]],
     images: Positional[tuple[Path, ...]],
     checkpoint: Path = Path("demo/captioning/model"),
+    question: tuple[str, ...] = (),
     beams: int | None = None,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
 ) -> None:
@@ -217,12 +242,19 @@ def predict(
         task: what to do.
         images: picture files.
         checkpoint: a checkpoint folder; by default the one that ``make demo`` leaves.
-        beams: width of the search; by default the checkpoint's.
+        question: of vqa: one or more questions, asked about every picture.
+        beams: width of the search for captions; by default the checkpoint's.
         precision: arithmetic.
     """
     from triptych.predict import Predictor
 
+    if (task == "vqa") != bool(question):
+        raise ValueError("--question is needed for vqa, and for nothing else")
     predictor = Predictor.load(checkpoint, precision=precision, beams=beams)
+    if task == "vqa":
+        for path, asked, answer in predictor.answer_files(images, question):
+            _print_json({"image": str(path), "question": asked, "answer": answer})
+        return
     for path, caption in predictor.caption_files(images):
         _print_json({"image": str(path), "caption": caption})
 
@@ -366,7 +398,11 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "verify": verify,
     "data": data,
 }
-DATA_COMMANDS: Mapping[str, Callable[..., None]] = {"shapes": data_shapes, "check": data_check}
+GROUPS: Mapping[str, Mapping[str, Callable[..., None]]] = {
+    "data": {"shapes": data_shapes, "check": data_check},
+    "score": {"captions": score_captions, "vqa": score_vqa},
+}
+"""Commands that are followed by the name of another."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -374,8 +410,9 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     arguments = sys.argv[1:] if arguments is None else arguments
     commands, program = COMMANDS, "triptych"
-    if arguments[:1] == ["data"]:
-        arguments, commands, program = arguments[1:], DATA_COMMANDS, "triptych data"
+    if arguments and arguments[0] in GROUPS:
+        commands, program = GROUPS[arguments[0]], f"triptych {arguments[0]}"
+        arguments = arguments[1:]
     try:
         tyro.extras.subcommand_cli_from_dict(
             dict(commands),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +12,7 @@ import torch
 
 from triptych.checkpoints.configs import from_json
 from triptych.checkpoints.folder import load
+from triptych.checkpoints.reading import Tensors
 from triptych.data.pictures import read_pictures
 from triptych.data.samples import Record, decode_image
 from triptych.data.sources import open_source
@@ -19,8 +20,11 @@ from triptych.data.tokenizers import Tokenizer
 from triptych.data.transforms import Preprocessing
 from triptych.generation import BeamSearch
 from triptych.models.protocol import VisionLanguageModel
-from triptych.tasks.captioning import Captioning, CaptioningConfig, CaptionReport, evaluate_captions
+from triptych.tasks.base import Report, Task
+from triptych.tasks.captioning import Captioning, CaptioningConfig
+from triptych.tasks.registry import TASKS
 from triptych.tasks.retrieval import RetrievalConfig, encode_collection, evaluate_retrieval
+from triptych.tasks.vqa import VisualQuestionAnswering
 from triptych.training.parallel import Precision, autocast, compile_inference
 
 _BATCH = 32
@@ -28,13 +32,20 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class Predictor:
-    """A loaded checkpoint with everything that using it needs."""
+    """A loaded checkpoint with everything that using it needs.
+
+    Attributes:
+        settings: of each task that the checkpoint was trained for, by its name.
+        head: parameters of the task's own head.
+    """
 
     model: VisionLanguageModel
     tokenizer: Tokenizer
     preprocessing: Preprocessing
     captioning: CaptioningConfig
     retrieval: RetrievalConfig
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    head: Tensors = field(default_factory=dict)
     precision: Precision = "auto"
 
     @classmethod
@@ -74,7 +85,16 @@ class Predictor:
         loaded.model.eval()
         if compile:
             compile_inference(loaded.model)
-        return cls(loaded.model, loaded.tokenizer, loaded.preprocessing, captioning, retrieval, precision)
+        return cls(
+            loaded.model,
+            loaded.tokenizer,
+            loaded.preprocessing,
+            captioning,
+            retrieval,
+            task,
+            loaded.task_state,
+            precision,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -92,38 +112,63 @@ class Predictor:
                 captions = task.caption(pixels_BCHW)
             yield from zip(some, captions, strict=True)
 
-    def evaluate_captions(
-        self,
-        data: Sequence[str],
-        image_root: str | None = None,
-        splits: Sequence[str] | None = None,
-        *,
-        limit: int = 0,
-        blank: bool = False,
-    ) -> CaptionReport:
-        """Caption a data set and score it; ``blank`` shows grey pictures instead."""
-        source = open_source(tuple(data), image_root=image_root, splits=splits)
-        pictures = read_pictures(source, self.preprocessing, _BATCH, limit)
-        with autocast(self.device, self.precision):
-            return evaluate_captions(self.captioner(), pictures, blank=blank)
+    def answer_files(self, paths: Iterable[Path], questions: Sequence[str]) -> Iterator[tuple[Path, str, str]]:
+        """Answers to questions, all of them about each picture file, a batch at a time: (path, question, answer)."""
+        task = self.task(VisualQuestionAnswering.name)
+        assert isinstance(task, VisualQuestionAnswering)
+        asked = {"questions": [{"question": question} for question in questions]}
+        for some in _groups(paths):
+            records = [Record(str(path), str(path), (), str(path), asked) for path in some]
+            with autocast(self.device, self.precision):
+                answers = iter(task.answer(records))
+            yield from ((path, question, next(answers)) for path in some for question in questions)
 
-    def evaluate_retrieval(
+    def evaluate(
         self,
+        task: str,
         data: Sequence[str],
         image_root: str | None = None,
         splits: Sequence[str] | None = None,
         *,
         limit: int = 0,
         blank: bool = False,
-    ) -> dict[str, float]:
-        """Recalls on a data set; ``blank`` shows grey pictures instead."""
+    ) -> Report:
+        """Scores and predictions of a task on a data set.
+
+        Args:
+            task: ``retrieval``, or a name of :data:`triptych.tasks.registry.TASKS`.
+            limit: so many pictures; 0 for all.
+            blank: show grey pictures instead.
+
+        Raises:
+            ValueError: the checkpoint was not trained for this task.
+        """
         source = open_source(tuple(data), image_root=image_root, splits=splits)
-        pictures = read_pictures(source, self.preprocessing, _BATCH, limit)
         with autocast(self.device, self.precision):
+            if task != "retrieval":
+                return self.task(task).evaluate(source, limit=limit, blank=blank)
+            pictures = read_pictures(source, self.preprocessing, _BATCH, limit)
             collection = encode_collection(
                 self.model, self.tokenizer, self.preprocessing, pictures, self.retrieval, blank=blank
             )
-            return evaluate_retrieval(self.model, collection, self.retrieval).scores
+            return Report(evaluate_retrieval(self.model, collection, self.retrieval).scores)
+
+    def task(self, name: str) -> Task:
+        """The model set up for a task as its checkpoint says, with the task's own head.
+
+        Raises:
+            ValueError: the checkpoint was not trained for this task.
+        """
+        if name == Captioning.name:
+            return self.captioner()
+        if name not in self.settings:
+            known = ", ".join(["retrieval", *(task for task in TASKS if task in self.settings)])
+            raise ValueError(f"this checkpoint was not trained for {name}, only for: {known}")
+        kind = TASKS[name]
+        config = from_json(kind.config_type, self.settings[name], f"task.{name}")
+        task = kind(self.model, self.tokenizer, self.preprocessing, config)
+        task.load_own_state(dict(self.head))
+        return task.to(self.device).eval()
 
     def captioner(self) -> Captioning:
         """The model as a captioner of pixels, set up as the checkpoint says."""

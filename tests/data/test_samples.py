@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from triptych.data import samples
-from triptych.data.samples import BrokenSample, Record, decode_image, load_image, pre_caption, read_bytes
+from triptych.data.samples import BrokenSample, Record, all_texts, decode_image, load_image, pre_caption, read_bytes
 
 
 def encode(image, format="PNG", **options):
@@ -149,3 +149,17 @@ def test_pre_caption(text, cleaned):
 def test_pre_caption_cuts_words():
     assert pre_caption("a b c d", max_words=3) == "a b c"
     assert len(pre_caption("w " * 50).split()) == 30
+
+
+def test_all_texts_of_a_record() -> None:
+    extra = {
+        "question": "what?",
+        "answers": ["one", "two"],
+        "questions": [{"question": "where?", "answer": "there"}, "broken"],
+        "phrases": [{"text": "the dog", "box_xyxy": [0, 0, 1, 1]}],
+        "entailment": [{"hypothesis": "it runs", "label": "neutral"}],
+        "width": 3,
+    }
+    record = Record("k", None, ("a dog",), "1", extra)
+    assert all_texts(record) == ["a dog", "what?", "one", "two", "where?", "there", "the dog", "it runs"]
+    assert all_texts(Record("k", None, (), "1")) == []

@@ -27,6 +27,7 @@ from triptych.objectives.alignment import AlignmentConfig
 from triptych.objectives.pretraining import PretrainingConfig
 from triptych.tasks.captioning import CaptioningConfig
 from triptych.tasks.retrieval import RetrievalConfig
+from triptych.tasks.vqa import VqaConfig
 from triptych.training import checkpoint, flops, logs, runs
 from triptych.training.loop import TrainConfig, TrainingStopped
 from triptych.training.optim import OptimConfig
@@ -38,6 +39,7 @@ OBJECTIVES = {
     "pretraining": PretrainingConfig(queue_size=12, momentum=0.9, alpha_warmup=2),
     "retrieval": AlignmentConfig(queue_size=12, momentum=0.9, alpha_warmup=2),
     "captioning": CaptioningConfig(search=SEARCH),
+    "vqa": VqaConfig(answering="classify", min_count=1, per_picture=2),
 }
 
 

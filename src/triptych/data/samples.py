@@ -176,3 +176,25 @@ def pre_caption(text: str, max_words: int = 30) -> str:
     text = _DROPPED.sub("", text.lower()).replace("-", " ").replace("/", " ").replace("<person>", "person")
     text = _RUNS.sub(" ", text).rstrip("\n").strip(" ")
     return " ".join(text.split(" ")[:max_words])
+
+
+_TEXTS = ("question", "answer", "answers", "phrase", "text", "statement", "hypothesis", "premise")
+_LISTS = ("questions", "phrases", "entailment")
+
+
+def all_texts(record: Record) -> list[str]:
+    """Everything a record says in words: captions, questions and answers, phrases, statements, hypotheses.
+
+    What a vocabulary is trained on, so that it serves every task.
+    """
+    found = list(record.captions)
+    parts = [record.extra, *(part for name in _LISTS for part in _dictionaries(record.extra.get(name)))]
+    for part in parts:
+        for name in _TEXTS:
+            value = part.get(name)
+            found += [value] if isinstance(value, str) else map(str, value) if isinstance(value, list) else []
+    return found
+
+
+def _dictionaries(value: Any) -> list[Mapping[str, Any]]:
+    return [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []

@@ -36,8 +36,16 @@ RETRIEVAL: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
     }
 )
 
+VQA: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
+    {
+        "vqa_v2_base": mplug.vqa_v2_base,
+        "vqa_v2_large": mplug.vqa_v2_large,
+        "shapes_tiny": shapes.vqa_shapes_tiny,
+    }
+)
+
 FINETUNING: Mapping[str, Mapping[str, Callable[[], Recipe]]] = MappingProxyType(
-    {"caption": CAPTIONING, "retrieval": RETRIEVAL}
+    {"caption": CAPTIONING, "retrieval": RETRIEVAL, "vqa": VQA}
 )
 
 

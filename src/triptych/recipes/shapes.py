@@ -11,6 +11,7 @@ from triptych.objectives.alignment import AlignmentConfig
 from triptych.objectives.pretraining import PretrainingConfig
 from triptych.tasks.captioning import CaptioningConfig
 from triptych.tasks.retrieval import RetrievalConfig
+from triptych.tasks.vqa import VqaConfig
 from triptych.training.loop import TrainConfig
 from triptych.training.optim import OptimConfig
 from triptych.training.runs import DataConfig, Recipe
@@ -71,4 +72,15 @@ def retrieval_shapes_tiny() -> Recipe:
         objective=AlignmentConfig(queue_size=2048, momentum=0.99, alpha_warmup=0),
         train=replace(recipe.train, steps=200),
         optim=replace(recipe.optim, lr=3e-4, muon_lr=3e-3, warmup_steps=20),
+    )
+
+
+def vqa_shapes_tiny() -> Recipe:
+    """Questions about Shapes answered freely, four of a picture in a step, starting from :func:`shapes_tiny`."""
+    recipe = shapes_tiny()
+    return replace(
+        recipe,
+        name="vqa_shapes_tiny",
+        objective=VqaConfig(per_picture=4, search=BeamSearch(1, 1, 8)),
+        train=replace(recipe.train, steps=1000, log_every=50, checkpoint_every=250),
     )

@@ -212,17 +212,27 @@ class ItemTask(Task, Generic[Item, Batch]):
 
     def evaluate(self, source: Source, *, limit: int = 0, blank: bool = False, pictures: int = 32) -> Report:
         """Predict for every item of a data set and score; ``pictures`` are encoded at once."""
-        batch = partial(self.batch, max_tokens=self.model.max_text)
-        pipeline = ItemPipeline(self.items(), self.preprocessing.test_transform(), batch, 0, self.show)
+        pipeline = self._evaluation_pipeline()
         asked: list[Item] = []
         predictions: list[Any] = []
         for shown in _first(read_once(source, pipeline.prepare, list, batch_size=pictures), limit):
-            asking = pipeline.collate(shown)
+            batch = pipeline.collate(shown)
             if blank:
-                asking = replace(asking, pixels_BCHW=torch.full_like(asking.pixels_BCHW, 128))
-            predictions += self.predict(asking.to(self.device))
+                batch = replace(batch, pixels_BCHW=torch.full_like(batch.pixels_BCHW, 128))
+            predictions += self.predict(batch.to(self.device))
             asked += [item for example in shown for item in example.items]
         return self.report(asked, predictions)
+
+    def answer(self, records: Sequence[Record]) -> list[Any]:
+        """A prediction for every item of some records, encoded at once."""
+        pipeline = self._evaluation_pipeline()
+        batch = pipeline.collate([pipeline.prepare(record, 0) for record in records])
+        return self.predict(batch.to(self.device))
+
+    def _evaluation_pipeline(self) -> ItemPipeline[Item]:
+        """All items of a picture, with inputs as long as the model can read."""
+        batch = partial(self.batch, max_tokens=self.model.max_text)
+        return ItemPipeline(self.items(), self.preprocessing.test_transform(), batch, 0, self.show)
 
 
 def _first(batches: Iterator[list[Shown[Item]]], limit: int) -> Iterator[list[Shown[Item]]]:

@@ -17,7 +17,7 @@ from triptych.checkpoints.parts import initialise
 from triptych.data.loader import Loader
 from triptych.data.pictures import read_pictures
 from triptych.data.pipelines import ImageTextPipeline, PretrainingPipeline
-from triptych.data.samples import pre_caption
+from triptych.data.samples import all_texts, pre_caption
 from triptych.data.sources import Source, open_source
 from triptych.data.tokenizers import Tokenizer, train_wordpiece, wordpiece_from_vocab
 from triptych.data.transforms import Preprocessing
@@ -86,7 +86,7 @@ class Recipe:
         model: sizes; with ``start`` those of the checkpoint are used.
         start: a checkpoint folder to start from, or folders of parts (CLIP, BERT) that ``triptych convert`` made.
         vocabulary: ``vocab.txt`` or ``tokenizer.json``; by default that of a part in ``start``, else a WordPiece of
-            ``model.text.vocab_size`` is trained on the captions.
+            ``model.text.vocab_size`` is trained on all texts of the data.
         retrieval, captioning: how the model is evaluated.
     """
 
@@ -238,12 +238,12 @@ def _tokenizer(recipe: Recipe, source: Source, folder: Path, process: Process) -
             return Tokenizer.load(beside)
     path = folder / "tokenizer.json"
     if not path.exists() and process.leads:
-        captions = (
-            pre_caption(caption, recipe.data.max_words)
+        texts = (
+            pre_caption(text, recipe.data.max_words)
             for record in islice(iter(source), _VOCABULARY_SAMPLE)
-            for caption in record.captions
+            for text in all_texts(record)
         )
-        trained = train_wordpiece(captions, recipe.model.text.vocab_size)
+        trained = train_wordpiece(texts, recipe.model.text.vocab_size)
         folder.mkdir(parents=True, exist_ok=True)
         trained.save(path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
