@@ -167,6 +167,14 @@ def test_many_questions_of_a_picture_and_their_weights() -> None:
     assert ReadQuestions("[SEP]", False, False)(weighted)[0].weights == (0.5,)
 
 
+def test_scores_of_the_source_are_the_targets(model: MPlug, tokenizer: Tokenizer) -> None:
+    extra = {"question": "?", "answers": ["red", "no"], "scores": [0.9, 0.3]}
+    (question,) = ReadQuestions("[SEP]", False, False)(Record("k", None, (), "7", extra))
+    assert question.weights == (pytest.approx(0.75), pytest.approx(0.25))
+    target_K = task_of(model, tokenizer, answering="classify")._targets(question)
+    assert target_K.tolist() == [pytest.approx(0.9), 0, 0, 0, pytest.approx(0.3), 0]
+
+
 def test_the_list_of_answers_comes_from_the_data() -> None:
     def record(*answers: str) -> Record:
         return Record("k", None, (), "7", {"question": "?", "answers": list(answers)})

@@ -92,6 +92,7 @@ class Question:
         text: with the words and labels of the picture, where they are used.
         answers: of the humans asked; empty in test sets.
         weights: of the answers in training.
+        scores: how right each answer is, 0 to 1, where the source says it (BridgeTower's tables).
     """
 
     question_id: int | str
@@ -99,6 +100,7 @@ class Question:
     answers: tuple[str, ...]
     weights: tuple[float, ...]
     answer_type: str | None = None
+    scores: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,9 @@ class ReadQuestions:
                 parts.append(str(record.extra.get("object_labels", "")))
             name = values.get("question_id", f"{record.image_id}#{number}")
             text = f" {self.separator} ".join(parts)
-            found.append(Question(name, text, answers, weights, values.get("answer_type", values.get("kind"))))
+            kind = values.get("answer_type", values.get("kind"))
+            scores = tuple(values["scores"]) if "scores" in values else None
+            found.append(Question(name, text, answers, weights, kind, scores))
         if not found:
             raise BrokenSample(record.key, "it has no question")
         return found
@@ -136,8 +140,10 @@ def _answers(values: Any) -> tuple[tuple[str, ...], tuple[float, ...]]:
     """All answers as given, and weights: the official share of the humans, unless the source says others."""
     answers = values.get("answers", values.get("answer"))
     answers = () if answers is None else (answers,) if isinstance(answers, str) else tuple(map(str, answers))
-    weights = values.get("answer_weights")
-    return answers, tuple(weights) if weights else tuple(1 / len(answers) for _ in answers)
+    if values.get("answer_weights"):
+        return answers, tuple(values["answer_weights"])
+    shares = values.get("scores") or [1.0] * len(answers)
+    return answers, tuple(share / sum(shares) for share in shares)
 
 
 @dataclass(frozen=True)
@@ -276,10 +282,15 @@ class VisualQuestionAnswering(ItemTask[Question, VqaBatch]):
     def _targets(self, item: Question) -> Tensor:
         """Soft scores of the classes, ``[K]``: 0.3, 0.6, 0.9, 1 for 1, 2, 3, 4 humans; 1 where only one was asked."""
         target_K = torch.zeros(len(self.config.answers))
-        if self.config.answering == "classify":
-            for answer, count in Counter(map(normalize_answer, item.answers)).items():
-                if answer in self._class_of:
-                    target_K[self._class_of[answer]] = 1.0 if len(item.answers) == 1 else min(1.0, 0.3 * count)
+        if self.config.answering != "classify":
+            return target_K
+        counts = Counter(map(normalize_answer, item.answers))
+        scores = {answer: 1.0 if len(item.answers) == 1 else min(1.0, 0.3 * n) for answer, n in counts.items()}
+        if item.scores is not None:
+            scores = dict(zip(map(normalize_answer, item.answers), item.scores, strict=True))
+        for answer, score in scores.items():
+            if answer in self._class_of:
+                target_K[self._class_of[answer]] = score
         return target_K
 
 
