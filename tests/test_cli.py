@@ -71,6 +71,16 @@ def test_shapes_says_what_it_wrote(run: Run, tmp_path: Path) -> None:
     assert run("data", "check", written["train"][0])["pictures"] == 3
 
 
+def test_a_table_is_written_and_read_again(run: Run, world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    table = tmp_path / "shapes.arrow"
+    written = run("data", "arrow", world / "test-*.tar", "--to", table, "--kind", "captions", "--split", "test")
+    assert (written["path"], written["rows"], written["skipped_count"]) == (str(table), 6, 0)
+    checked = run("data", "check", table)
+    assert checked["formats"] == {str(table): "arrow"}
+    assert (checked["pictures"], checked["captions"]) == (6, written["texts"])
+
+
 def test_pretraining_evaluates_and_goes_on(run: Run, world: Path, tmp_path: Path) -> None:
     command = ["pretrain", "shapes_tiny", "--data", world / "train-*.tar", "--folder", tmp_path, *SHORT]
     command += ["--evaluate-data", world / "test-*.tar"]

@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -31,8 +31,8 @@ class TrainingOptions:
         evaluate_data: data to evaluate on while training and at the end.
         folder: where the run is kept; the same command with the same folder resumes an interrupted run.
         image_root: what the image paths of JSON lists are relative to.
-        splits: splits of a Karpathy file to train on, such as train restval.
-        evaluate_splits: splits of a Karpathy file to evaluate on.
+        splits: splits to train on, of a file whose records name theirs (Karpathy: train restval).
+        evaluate_splits: the same for the evaluation.
         start: checkpoint folder or Hub id to start from, or folders of converted parts (CLIP, BERT).
         vocabulary: vocab.txt or tokenizer.json; by default that of --start, else one is trained on the data.
         steps: optimiser steps.
@@ -101,7 +101,7 @@ def pretrain(recipe: Positional[str], options: OmitSubcommandPrefixes[TrainingOp
 
 
 def finetune(
-    task: Positional[Literal["caption", "retrieval", "vqa"]],
+    task: Positional[Literal["caption", "retrieval", "vqa", "entailment"]],
     recipe: Positional[str],
     options: OmitSubcommandPrefixes[TrainingOptions],
 ) -> None:
@@ -110,7 +110,7 @@ def finetune(
     Args:
         task: what to train for.
         recipe: shapes_tiny; for caption and retrieval also coco_base, coco_large, flickr8k; for vqa also vqa_v2_base,
-            vqa_v2_large.
+            vqa_v2_large; for entailment also snli_ve_base, snli_ve_large.
         options: changes to the recipe.
     """
     from triptych import recipes
@@ -137,7 +137,7 @@ def _train(recipe: Recipe, folder: Path) -> None:
 
 
 def evaluate(
-    task: Positional[Literal["caption", "retrieval", "vqa"]],
+    task: Positional[Literal["caption", "retrieval", "vqa", "entailment"]],
     checkpoint: Path,
     data: tuple[str, ...],
     image_root: str | None = None,
@@ -156,7 +156,7 @@ def evaluate(
         checkpoint: a checkpoint folder.
         data: as for training.
         image_root: what the image paths of JSON lists are relative to.
-        splits: of a Karpathy file.
+        splits: of a file whose records name theirs.
         limit: only so many pictures.
         blank: show a grey picture instead of each, to see how much the pictures matter.
         predictions: write captions or answers here, as COCO's and VQA's servers want them.
@@ -369,22 +369,70 @@ def data_shapes(
 
 
 def data_check(
-    data: Positional[tuple[str, ...]], image_root: str | None = None, splits: tuple[str, ...] | None = None
+    data: Positional[tuple[str, ...]],
+    image_root: str | None = None,
+    splits: tuple[str, ...] | None = None,
+    format: str | None = None,
 ) -> None:
-    """Read a whole data set: how many samples, what is broken, and a few of its texts.
+    """Read a whole data set: what it is, how many samples, what is missing or broken, and a few of its texts.
 
     Args:
         data: as for training.
-        image_root: what the image paths of JSON lists are relative to.
-        splits: of a Karpathy file.
+        image_root: what the image paths of lists are relative to.
+        splits: of a file whose records name theirs.
+        format: what the files are, where their content does not tell.
     """
     from triptych.data.check import check
 
-    _print_json(check(data, image_root, splits))
+    _print_json(check(data, image_root, splits, format))
 
 
-def data(command: Positional[Literal["shapes", "check"]]) -> None:
-    """Make or check data: `triptych data shapes --help`, `triptych data check --help`."""
+def data_arrow(
+    data: Positional[tuple[str, ...]],
+    table: Annotated[Path, arg(name="to")],
+    kind: Literal["captions", "vqa", "nlvr2", "snli"] = "captions",
+    image_root: str | None = None,
+    splits: tuple[str, ...] | None = None,
+    answers: Path | None = None,
+    split: str = "train",
+) -> None:
+    """Write a data set as an Arrow table in BridgeTower's layout. Needs the extra "arrow".
+
+    Args:
+        data: as for training.
+        table: the file to write.
+        kind: what the table holds.
+        image_root: what the image paths of lists are relative to.
+        splits: of a file whose records name theirs.
+        answers: for vqa, a JSON list of the answers that are classes, in their order.
+        split: what the column "split" says.
+    """
+    from triptych.data.arrow_writing import write_arrow
+    from triptych.data.sources import open_source
+    from triptych.metrics.vqa import normalize_answer
+
+    classes = None if answers is None else _read_texts(answers)
+    source = open_source(data, image_root=image_root, splits=splits)
+    total = source.count() if source.in_memory else None
+    written = write_arrow(source, table, kind, answers=classes, normalize=normalize_answer, split=split, total=total)
+    _print_json(asdict(written) | {"path": str(written.path)})
+
+
+def _read_texts(path: Path) -> list[str]:
+    """A JSON list of texts."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{path} must be a JSON list of texts")
+    return values
+
+
+def data(command: Positional[Literal["shapes", "check", "arrow"]]) -> None:
+    """Make, check or convert data: `triptych data shapes --help`, `triptych data check --help`..."""
     raise AssertionError(f"{command} is handled by main")
 
 
@@ -399,7 +447,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "data": data,
 }
 GROUPS: Mapping[str, Mapping[str, Callable[..., None]]] = {
-    "data": {"shapes": data_shapes, "check": data_check},
+    "data": {"shapes": data_shapes, "check": data_check, "arrow": data_arrow},
     "score": {"captions": score_captions, "vqa": score_vqa},
 }
 """Commands that are followed by the name of another."""

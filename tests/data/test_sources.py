@@ -1,11 +1,13 @@
 import gzip
 import json
 import logging
+import pickle
 import tarfile
 from io import BytesIO
 
 import fsspec
 import pytest
+import torch
 from PIL import Image
 
 from triptych.data import sources
@@ -305,3 +307,32 @@ def test_a_given_format_overrules_the_name(tmp_path):
     assert open_source(path, format="jsonl").count() == 1
     shard = write(tmp_path / "shard", tar_bytes(pair("a")))
     assert open_source(shard, format="webdataset").count() == 1
+
+
+def test_refer_and_transvg_files_are_opened_by_their_names(tmp_path):
+    write(tmp_path / "a.png", png())
+    sentences = [{"sent_id": 5, "raw": "the dog", "sent": "the dog"}]
+    reference = {"ref_id": 1, "ann_id": 9, "image_id": 3, "split": "train", "sentences": sentences}
+    write(tmp_path / "refs(unc).p", pickle.dumps([reference, {**reference, "ref_id": 2, "split": "val"}], protocol=2))
+    instances = {
+        "images": [{"id": 3, "file_name": "a.png", "width": 4, "height": 4}],
+        "annotations": [{"id": 9, "image_id": 3, "bbox": [1, 1, 2, 2]}],
+    }
+    write(tmp_path / "instances.json", json.dumps(instances))
+    for location in (tmp_path / "refs(unc).p", tmp_path):
+        source = open_source(location, image_root=tmp_path, splits=["val"])
+        (record,) = source
+        assert (record.extra["phrase"], record.extra["box_xyxy"]) == ("the dog", [1, 1, 3, 3])
+        assert decode_image(record).size == (4, 4)
+        assert source.formats == {str(location): "refer"}
+    torch.save([("a.png", "9.pth", [1, 1, 2, 2], "the dog", None)], tmp_path / "unc_train.pth")
+    (record,) = open_source(tmp_path / "unc_train.pth", image_root=tmp_path)
+    assert record.extra["box_xyxy"] == [1, 1, 3, 3]
+    with pytest.raises(ValueError, match="has the splits train, not val"):
+        open_source(tmp_path / "unc_train.pth", image_root=tmp_path, splits=["val"])
+
+
+def test_a_table_has_no_splits(tmp_path):
+    write(tmp_path / "a.arrow", "")
+    with pytest.raises(ValueError, match=r"splits are for .*; .*a.arrow is a table"):
+        open_source(tmp_path / "a.arrow", splits=["val"])

@@ -1,13 +1,15 @@
-"""Sources of records: tar shards, and lists in JSON that refer to pictures.
+"""Sources of records: tar shards, and annotation files that refer to pictures or videos.
 
 | format | file | a record |
 |---|---|---|
 | "webdataset" | .tar, as img2dataset writes them | the members of one name: a picture, and a .json or .txt |
-| "json" | .json, a list (mPLUG, ALBEF) | {"image": path, "caption": text or texts, "image_id": ...} |
-| "jsonl" | .jsonl | the same, one object a line |
-| "karpathy" | .json, {"images": [...]} | Karpathy's splits of COCO and Flickr30k |
+| "arrow" | .arrow (BridgeTower) | see `triptych.data.arrow` |
+| "refer" | refs(...).p, or the folder of one with its instances.json (RefCOCO, RefCOCO+, RefCOCOg) | a phrase |
+| "transvg" | .pth, TransVG's lists of the same and of ReferItGame and Flickr30k | a phrase |
+| "json" | .json | by what is in it: see the tables of `triptych.data.official` and `triptych.data.lists` |
+| "jsonl" | .jsonl, an object a line | the same |
 
-Lists may be gzipped (.json.gz). What is missing or damaged as a whole is an error at once; a record that is
+Annotation files may be gzipped (.json.gz). What is missing or damaged as a whole is an error at once; a record that is
 damaged is given with its `problem`, so that whoever decodes it can skip and count it.
 """
 
@@ -20,19 +22,21 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
-from pathlib import PurePosixPath
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import fsspec
 
+from triptych.data.fields import Parsed, Unreadable, broken, captions_of, exists
+from triptych.data.official import LAYOUTS, Layout, recognise
 from triptych.data.samples import Record, open_binary, read_bytes
 
-Format = Literal["webdataset", "json", "jsonl", "karpathy"]
+_SUFFIXES = {".tar": "webdataset", ".arrow": "arrow", ".p": "refer", ".pth": "transvg"}
+FORMATS = (*_SUFFIXES.values(), "json", "jsonl", *(layout.name for layout in LAYOUTS))
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LIST_SHARD = 1000
 """References in one virtual shard of a list."""
@@ -80,16 +84,16 @@ class TarShard:
     def _record(self, stem: str, sample: Mapping[str, bytes], twice: bool) -> Record:
         key = f"{self.name}:{stem}"
         if twice:
-            return _broken(key, "the shard has several members of this name")
+            return broken(key, "the shard has several members of this name")
         image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
         try:
             values = json.loads(sample[".json"]) if ".json" in sample else {}
-            captions = _captions(values)
+            captions = captions_of(values)
             if not captions and ".txt" in sample:
-                captions = _captions({"caption": sample[".txt"].decode("utf-8")})
+                captions = captions_of({"caption": sample[".txt"].decode("utf-8")})
         except (ValueError, RecursionError) as error:
-            return _broken(key, str(error))
-        extra = {name: value for name, value in values.items() if name not in _FIELDS}
+            return broken(key, str(error))
+        extra = {name: value for name, value in values.items() if name not in ("caption", "captions", "image_id")}
         return Record(key, image, captions, str(values.get("image_id", key)), extra)
 
 
@@ -110,9 +114,11 @@ class Source:
 
     Attributes:
         shards: at least one.
+        formats: of each file; one of `FORMATS`, but what is in it rather than "json" or "jsonl".
     """
 
     shards: tuple[Shard, ...]
+    formats: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def in_memory(self) -> bool:
@@ -136,22 +142,25 @@ class Source:
 def open_source(
     locations: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
-    format: Format | None = None,
+    format: str | None = None,
     image_root: str | os.PathLike[str] | None = None,
     splits: Sequence[str] | None = None,
 ) -> Source:
     """Opens a data set; see the table at the top of the file for the formats.
 
     Args:
-        locations: one or more paths or fsspec URLs, with globs (*, ?, [abc]) and braces ({000..099}, {a,b}).
-        format: guessed from each file if None.
-        image_root: what the image paths of lists are relative to: a folder, a URL, or a tar file of pictures;
-            by default the folder of the list. Paths from "/" and URLs stand as they are.
-        splits: the splits of a Karpathy file to take, such as ("train", "restval"); all if None.
+        locations: one or more paths or fsspec URLs, with globs (*, ?, [abc]) and braces ({000..099}, {a,b}). Files that
+            complete each other, such as VQA's questions and annotations, are given together.
+        format: of `FORMATS`; told from each file if None. "json" and "jsonl" say only how a file is written, the others
+            what is in it; files that complete others are told from them all the same.
+        image_root: what the paths of pictures and videos are relative to: a folder, a URL, or a tar file of pictures;
+            by default the folder of the file. Paths from "/" and URLs stand as they are.
+        splits: the splits to take of a file whose records name theirs, such as ("train", "restval") of Karpathy's;
+            all if None.
 
     Raises:
         FileNotFoundError: a file, or `image_root`, is missing, or a glob matches nothing.
-        ValueError: an unreadable file, an unknown format or split, or no usable record.
+        ValueError: an unreadable file, an unknown format or split, files that need others, or no usable record.
     """
     given = [locations] if isinstance(locations, (str, os.PathLike)) else locations
     files = [file for location in given for file in expand(os.fspath(location))]
@@ -160,13 +169,14 @@ def open_source(
     root = None if image_root is None else os.fspath(image_root)
     if root is not None and "://" not in root and not os.path.exists(root):
         raise FileNotFoundError(f"the image root {root} does not exist")
-    if format is not None and format not in get_args(Format):
-        raise ValueError(f"unknown format {format!r}; there are {', '.join(get_args(Format))}")
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}; there are {', '.join(FORMATS)}")
     with ThreadPoolExecutor(16) as pool:  # a remote store may hold thousands of shards
-        shards = [shard for part in pool.map(partial(_open, format, root, splits), files) for shard in part]
+        opened = list(pool.map(partial(_open, format, root, splits), files))
+    shards = [shard for one in opened for shard in _complete(one, opened, root, splits)]
     if not shards:
         raise ValueError(f"the data set is empty: no usable record in {_some(files)}")
-    return Source(tuple(shards))
+    return Source(tuple(shards), {one.file: one.format for one in opened})
 
 
 def expand(location: str) -> list[str]:
@@ -175,7 +185,7 @@ def expand(location: str) -> list[str]:
     A name that exists as it stands means itself, whatever characters it has. Braces name each file, so that a
     missing shard is noticed later; a glob that matches nothing is a FileNotFoundError here.
     """
-    if _exists(location):
+    if exists(location):
         return [location]
     return [file for name in _expand_braces(location) for file in _expand_glob(name)]
 
@@ -199,7 +209,7 @@ def _expand_braces(location: str) -> list[str]:
 
 
 def _expand_glob(location: str) -> list[str]:
-    if not re.search(r"[*?\[]", location) or _exists(location):
+    if not re.search(r"[*?\[]", location) or exists(location):
         return [location]
     if "://" in location:
         system, path = fsspec.core.url_to_fs(location)
@@ -211,39 +221,98 @@ def _expand_glob(location: str) -> list[str]:
     return found
 
 
-def _exists(location: str) -> bool:
-    if "://" not in location:
-        return os.path.exists(location)
-    try:
-        system, path = fsspec.core.url_to_fs(location)
-    except (ValueError, ImportError) as error:
-        raise ValueError(f"cannot open {location}: {error}") from error
-    return bool(system.exists(path))
+@dataclass(frozen=True)
+class _Opened:
+    """A file that was opened, and its shards or, if other files complete it or it completes others, its content."""
+
+    file: str
+    format: str
+    shards: Sequence[Shard] = ()
+    parsed: Parsed | None = None
 
 
-def _open(format: Format | None, root: str | None, splits: Sequence[str] | None, file: str) -> list[Shard]:
-    """The shards of one file, none if it is empty."""
-    name = file.removesuffix(".gz")
-    if format == "webdataset" or (format is None and file.endswith(".tar")):
-        if splits is not None:
-            raise ValueError(f"splits are for Karpathy files; {file} is a tar shard")
-        return [TarShard(file)] if _probe_tar(file) else []
-    if format is None and not name.endswith((".json", ".jsonl")):
-        raise ValueError(f"cannot guess the format of {file}; give format= one of {', '.join(get_args(Format))}")
-    text = _read_text(file)
-    place = partial(_place, os.path.dirname(file) if root is None else root)
-    if format == "jsonl" or (format is None and name.endswith(".jsonl")):
-        records = _jsonl_records(file, text, place)
-    else:
-        content = _parse(file, text)
-        if format == "karpathy" or (format is None and isinstance(content, dict) and "images" in content):
-            return _cut(file, _karpathy_records(file, content, place, splits))
-        if not isinstance(content, list):
-            raise ValueError(f"{file} is neither a list of records nor a Karpathy file with 'images'")
-        records = [_list_record(f"{file}:{index}", values, place) for index, values in enumerate(content)]
-    if splits is not None:
-        raise ValueError(f"splits are for Karpathy files; {file} is a list of records")
-    return _cut(file, records)
+def _open(format: str | None, root: str | None, splits: Sequence[str] | None, file: str) -> _Opened:
+    kind = format or _written_as(file)
+    if kind in ("webdataset", "arrow") and splits is not None:
+        raise ValueError(f"{_NO_SPLITS}; {file} is a {'tar shard' if kind == 'webdataset' else 'table'}")
+    if kind == "webdataset":
+        return _Opened(file, kind, [TarShard(file)] if _probe_tar(file) else [])
+    if kind == "arrow":
+        from triptych.data.arrow import open_arrow  # here, since it imports this module
+
+        return _Opened(file, kind, open_arrow(file))
+    if kind in ("refer", "transvg"):
+        from triptych.data.refer import read_refer, read_transvg  # here, since it imports torch
+
+        place = partial(_place, os.path.dirname(file) if root is None else root)
+        records = read_refer(file, None, place) if kind == "refer" else read_transvg(file, place)
+        return _Opened(file, kind, _cut(file, _of_splits(file, records, splits)))
+    parsed = _parse(file, format)
+    layout = _layout(parsed, format)
+    if layout.read is None or layout.partner:
+        return _Opened(file, layout.name, parsed=parsed)
+    return _Opened(file, layout.name, _read(layout, parsed, (), root, splits))
+
+
+def _written_as(file: str) -> str | None:
+    """The format that a name tells; what is in JSON and text files is told by the content."""
+    told = next((kind for suffix, kind in _SUFFIXES.items() if file.endswith(suffix)), None)
+    return "refer" if told is None and os.path.isdir(file) else told
+
+
+def _complete(
+    one: _Opened, opened: Sequence[_Opened], root: str | None, splits: Sequence[str] | None
+) -> Sequence[Shard]:
+    """The shards of a file, now that all others are at hand too."""
+    if one.parsed is None:
+        return one.shards
+    layout = _BY_NAME[one.format]
+    if layout.read is not None:
+        partners = [other.parsed for other in opened if other.format == layout.partner and other.parsed is not None]
+        return _read(layout, one.parsed, partners, root, splits)
+    needed = next(other.name for other in LAYOUTS if other.partner == one.format)
+    if all(other.format != needed for other in opened):
+        raise ValueError(f"{one.file} ({one.format}) only completes another file: give that ({needed}) too")
+    return ()
+
+
+def _read(
+    layout: Layout, parsed: Parsed, partners: Sequence[Parsed], root: str | None, splits: Sequence[str] | None
+) -> Sequence[Shard]:
+    assert layout.read is not None
+    place = partial(_place, os.path.dirname(parsed.file) if root is None else root)
+    return _cut(parsed.file, _of_splits(parsed.file, layout.read(parsed, place, partners), splits))
+
+
+_BY_NAME = {layout.name: layout for layout in LAYOUTS}
+_NO_SPLITS = "splits are for Karpathy files and others whose records name theirs"
+
+
+def _layout(parsed: Parsed, format: str | None) -> Layout:
+    found = recognise(parsed.content)
+    if format in _BY_NAME and not (found is not None and found.name == _BY_NAME[format].partner):
+        return _BY_NAME[format]
+    if found is not None:
+        return found
+    fields = list(parsed.content)[:5] if isinstance(parsed.content, dict) else []
+    content = f"an object with the fields {', '.join(map(repr, fields))}" if fields else "no list of records"
+    raise ValueError(f"cannot tell the format of {parsed.file}: it is {content}; formats are {', '.join(FORMATS)}")
+
+
+def _of_splits(file: str, records: list[Record], splits: Sequence[str] | None) -> list[Record]:
+    """The records of these splits, and broken ones that name none."""
+    if splits is None:
+        return records
+    known = {str(record.extra["split"]) for record in records if "split" in record.extra}
+    if not known:
+        raise ValueError(f"{_NO_SPLITS}; those of {file} do not")
+    if not set(splits) <= known:
+        raise ValueError(f"{file} has the splits {', '.join(sorted(known))}, not {', '.join(splits)}")
+    return [
+        record
+        for record in records
+        if str(record.extra.get("split")) in splits or (record.problem is not None and "split" not in record.extra)
+    ]
 
 
 def _cut(file: str, records: Sequence[Record]) -> list[Shard]:
@@ -284,84 +353,46 @@ def _read_text(file: str) -> str:
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
-def _parse(file: str, text: str) -> Any:
+def _parse(file: str, format: str | None) -> Parsed:
+    """The content of a file of JSON, JSON lines, or text."""
+    name = file.removesuffix(".gz")
+    if format is None and not name.endswith((".json", ".jsonl", ".txt")):
+        raise ValueError(f"cannot guess the format of {file}; give format= one of {', '.join(FORMATS)}")
+    text = _read_text(file)
+    is_json = format in ("json", "jsonl") or name.endswith((".json", ".jsonl")) or text.lstrip().startswith(("{", "["))
+    if not is_json:
+        return _rows(file, [(number, line.strip()) for number, line in _lines(text) if not line.startswith("#")])
+    if format == "jsonl" or (format != "json" and name.endswith(".jsonl")):
+        return _json_lines(file, text)
     try:
-        return json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
+        if format != "json" and isinstance(_json_line(text.lstrip().split("\n", 1)[0]), dict):
+            return _json_lines(file, text)  # as NLVR2's .json files are
         raise ValueError(f"{file} is not JSON: {error}") from error
+    if isinstance(content, list):
+        return _rows(file, list(enumerate(content)))
+    is_one_line = recognise(content) is None and recognise([content]) is not _BY_NAME["captions"]
+    return _json_lines(file, text) if is_one_line and isinstance(content, dict) else Parsed(file, content)
 
 
-def _jsonl_records(file: str, text: str, place: Callable[[str], str]) -> list[Record]:
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        key = f"{file}:{number}"
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            records.append(_broken(key, f"not JSON: {error}"))
-        else:
-            records.append(_list_record(key, values, place))
-    return records
+def _json_lines(file: str, text: str) -> Parsed:
+    return _rows(file, [(number, _json_line(line)) for number, line in _lines(text)])
 
 
-_FIELDS = frozenset({"caption", "captions", "image_id"})
-
-
-def _list_record(key: str, values: Any, place: Callable[[str], str]) -> Record:
-    """A record of a JSON list. `extra["images"]`, the pictures of NLVR2, are placed like `image`."""
+def _json_line(line: str) -> Any:
     try:
-        captions = _captions(values)
-        image = values.get("image")
-        if image is not None and not isinstance(image, str):
-            raise ValueError(f"'image' must be a path, got {image!r}")
-        extra = {name: value for name, value in values.items() if name not in _FIELDS}
-        if isinstance(extra.get("images"), list):
-            extra["images"] = [place(name) for name in extra["images"]]
-    except (ValueError, TypeError) as error:
-        return _broken(key, str(error))
-    placed = None if image is None else place(image)
-    return Record(key, placed, captions, str(values.get("image_id", placed or key)), extra)
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Unreadable(f"not JSON: {error}")
 
 
-def _karpathy_records(
-    file: str, content: Any, place: Callable[[str], str], splits: Sequence[str] | None
-) -> list[Record]:
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise ValueError(f"{file} is not a Karpathy file: it has no list 'images'")
-    pictures = content["images"]
-    known = {str(picture.get("split")) for picture in pictures if isinstance(picture, dict)}
-    if splits is not None and not set(splits) <= known:
-        raise ValueError(f"{file} has the splits {', '.join(sorted(known))}, not {', '.join(splits)}")
-    records = []
-    for index, picture in enumerate(pictures):
-        key = f"{file}:{index}"
-        try:
-            if splits is not None and picture["split"] not in splits:
-                continue
-            image = place(str(PurePosixPath(picture.get("filepath", ""), picture["filename"])))
-            captions = _captions({"captions": [sentence["raw"] for sentence in picture["sentences"]]})
-            image_id = str(picture["cocoid"] if "cocoid" in picture else picture["imgid"])
-        except KeyError as error:
-            records.append(_broken(key, f"the field {error} is missing"))
-        except (ValueError, TypeError, AttributeError) as error:
-            records.append(_broken(key, str(error)))
-        else:
-            extra = {name: value for name, value in picture.items() if name != "sentences"}
-            records.append(Record(key, image, captions, image_id, extra))
-    return records
+def _lines(text: str) -> list[tuple[int, str]]:
+    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
-def _captions(values: Any) -> tuple[str, ...]:
-    """The captions of a JSON object, without empty ones."""
-    if not isinstance(values, dict):
-        raise ValueError(f"not a JSON object but {str(values)[:60]!r}")
-    texts = values.get("captions", values.get("caption"))
-    texts = [] if texts is None else [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("the caption is neither a text nor a list of texts")
-    return tuple(text.strip() for text in texts if text.strip())
+def _rows(file: str, rows: Sequence[tuple[int, Any]]) -> Parsed:
+    return Parsed(file, [row for _, row in rows], [f"{file}:{number}" for number, _ in rows])
 
 
 def _place(root: str, image: str) -> str:
@@ -370,10 +401,6 @@ def _place(root: str, image: str) -> str:
     if root.endswith(".tar"):
         return f"{root}:{image}"
     return f"{root.rstrip('/')}/{image}"
-
-
-def _broken(key: str, problem: str) -> Record:
-    return Record(key, None, (), key, {}, problem)
 
 
 def _some(names: Sequence[str]) -> str:

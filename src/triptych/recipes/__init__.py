@@ -44,8 +44,16 @@ VQA: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
     }
 )
 
+ENTAILMENT: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
+    {
+        "snli_ve_base": mplug.snli_ve_base,
+        "snli_ve_large": mplug.snli_ve_large,
+        "shapes_tiny": shapes.entailment_shapes_tiny,
+    }
+)
+
 FINETUNING: Mapping[str, Mapping[str, Callable[[], Recipe]]] = MappingProxyType(
-    {"caption": CAPTIONING, "retrieval": RETRIEVAL, "vqa": VQA}
+    {"caption": CAPTIONING, "retrieval": RETRIEVAL, "vqa": VQA, "entailment": ENTAILMENT}
 )
 
 

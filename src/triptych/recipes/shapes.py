@@ -10,6 +10,7 @@ from triptych.models.mplug import SIZES
 from triptych.objectives.alignment import AlignmentConfig
 from triptych.objectives.pretraining import PretrainingConfig
 from triptych.tasks.captioning import CaptioningConfig
+from triptych.tasks.entailment import EntailmentConfig
 from triptych.tasks.retrieval import RetrievalConfig
 from triptych.tasks.vqa import VqaConfig
 from triptych.training.loop import TrainConfig
@@ -83,4 +84,15 @@ def vqa_shapes_tiny() -> Recipe:
         name="vqa_shapes_tiny",
         objective=VqaConfig(per_picture=4, search=BeamSearch(1, 1, 8)),
         train=replace(recipe.train, steps=1000, log_every=50, checkpoint_every=250),
+    )
+
+
+def entailment_shapes_tiny() -> Recipe:
+    """Hypotheses about Shapes, three of a picture in a step, starting from :func:`shapes_tiny`."""
+    recipe = shapes_tiny()
+    return replace(
+        recipe,
+        name="entailment_shapes_tiny",
+        objective=EntailmentConfig(per_picture=3),
+        train=replace(recipe.train, steps=600, log_every=50),
     )

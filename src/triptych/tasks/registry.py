@@ -7,11 +7,14 @@ from types import MappingProxyType
 
 from triptych.tasks.base import Task
 from triptych.tasks.captioning import Captioning, CaptioningConfig
+from triptych.tasks.entailment import Entailment, EntailmentConfig
 from triptych.tasks.vqa import VisualQuestionAnswering, VqaConfig
 
-TaskConfig = CaptioningConfig | VqaConfig
+TaskConfig = CaptioningConfig | EntailmentConfig | VqaConfig
 
-TASKS: Mapping[str, type[Task]] = MappingProxyType({task.name: task for task in (Captioning, VisualQuestionAnswering)})
+TASKS: Mapping[str, type[Task]] = MappingProxyType(
+    {task.name: task for task in (Captioning, Entailment, VisualQuestionAnswering)}
+)
 
 
 def task_for(config: TaskConfig) -> type[Task]:

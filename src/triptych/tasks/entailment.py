@@ -1,0 +1,159 @@
+"""Visual entailment (SNLI-VE): does a picture entail a hypothesis, contradict it, or leave it open?
+
+Source: mPLUG section 5.2.5 (picture, premise and hypothesis go in; no code was released); BridgeTower
+``objectives.py:443-494`` (hypothesis alone).
+
+Shape legend: B pictures, Q hypotheses, L tokens, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from triptych.data.batches import Tokens
+from triptych.data.samples import BrokenSample, Record
+from triptych.data.tokenizers import Tokenizer
+from triptych.data.transforms import Preprocessing
+from triptych.models.heads import ClassifierHead
+from triptych.models.protocol import Part, VisionLanguageModel
+from triptych.objectives.distributed import mean_over_all
+from triptych.tasks.base import ItemBatch, ItemTask, Report
+
+LABELS = ("contradiction", "neutral", "entailment")
+"""In the order of their numbers (ALBEF's and mPLUG's ``ve`` data sets, BridgeTower's tables)."""
+
+_UNKNOWN = -100
+
+
+@dataclass(frozen=True)
+class EntailmentConfig:
+    """How entailment is judged.
+
+    Attributes:
+        premise: put the premise, a caption of the picture, before the hypothesis (mPLUG); by default the picture is
+            the only premise (BridgeTower, ALBEF).
+        per_picture: hypotheses of a picture in one step, for which it is encoded once.
+        head_scale, head_dropout: of the classifier.
+    """
+
+    premise: bool = False
+    per_picture: int = 1
+    head_scale: float = 2.0
+    head_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One hypothesis as the model reads it; ``label`` indexes :data:`LABELS`, or is None in a test set."""
+
+    name: str
+    text: str
+    label: int | None
+
+
+@dataclass(frozen=True)
+class ReadHypotheses:
+    """The hypotheses of a record (see ``docs/tasks.md``)."""
+
+    separator: str
+    premise: bool
+
+    def __call__(self, record: Record) -> list[Hypothesis]:
+        listed = record.extra.get("entailment")
+        asked = listed if isinstance(listed, list) else [record.extra] if "hypothesis" in record.extra else []
+        if not asked:
+            raise BrokenSample(record.key, "it has no hypothesis")
+        return [self._hypothesis(record, values, number) for number, values in enumerate(asked)]
+
+    def _hypothesis(self, record: Record, values: Any, number: int) -> Hypothesis:
+        text, label = str(values["hypothesis"]), values.get("label")
+        if label is not None and label not in LABELS:
+            raise BrokenSample(record.key, f"its label must be one of {', '.join(LABELS)}, not {label!r}")
+        if self.premise:
+            if not values.get("premise"):
+                raise BrokenSample(record.key, "it has no premise: judge it with premise=False")
+            text = f"{values['premise']} {self.separator} {text}"
+        name = str(values.get("identifier", f"{record.key}#{number}"))
+        return Hypothesis(name, text, None if label is None else LABELS.index(label))
+
+
+@dataclass(frozen=True)
+class EntailmentBatch(ItemBatch):
+    """Pictures and hypotheses.
+
+    Attributes:
+        hypothesis: ``[CLS] hypothesis``.
+        label_Q: index into :data:`LABELS`.
+    """
+
+    hypothesis: Tokens
+    label_Q: Tensor
+
+
+class Entailment(ItemTask[Hypothesis, EntailmentBatch]):
+    """Judges hypotheses about pictures."""
+
+    name: ClassVar[str] = "entailment"
+    metric: ClassVar[str] = "accuracy"
+    config_type: ClassVar[type[Any]] = EntailmentConfig
+    uses: ClassVar[tuple[Part, ...]] = ("image", "text", "fusion")
+    config: EntailmentConfig
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        tokenizer: Tokenizer,
+        preprocessing: Preprocessing,
+        config: EntailmentConfig | None = None,
+    ) -> None:
+        super().__init__(model, tokenizer, preprocessing, config or EntailmentConfig())
+        self.head = ClassifierHead(
+            model.pooled_width, len(LABELS), scale=self.config.head_scale, dropout=self.config.head_dropout
+        )
+
+    def items(self, max_words: int | None = None) -> Callable[[Record], Sequence[Hypothesis]]:
+        return ReadHypotheses(self.tokenizer.special.eos, self.config.premise)
+
+    def batch(
+        self, pixels_BCHW: Tensor, picture_Q: Tensor, items: Sequence[Hypothesis], *, max_tokens: int
+    ) -> EntailmentBatch:
+        tokens = self.tokenizer.encode_batch([item.text for item in items], max_length=max_tokens, end=False)
+        labels = [_UNKNOWN if item.label is None else item.label for item in items]
+        return EntailmentBatch(pixels_BCHW, picture_Q, Tokens(*tokens), torch.tensor(labels))
+
+    def forward(self, batch: EntailmentBatch, step: int = 0, part: int = 0) -> dict[str, Tensor]:
+        """Mean cross-entropy of the labels."""
+        known_Q = batch.label_Q != _UNKNOWN
+        loss_X = F.cross_entropy(self._logits(batch)[known_Q], batch.label_Q[known_Q], reduction="none")
+        return {"entailment": mean_over_all(loss_X)}
+
+    @torch.inference_mode()
+    def predict(self, batch: EntailmentBatch) -> list[str]:
+        """A label for each hypothesis."""
+        return [LABELS[index] for index in self._logits(batch).argmax(1).tolist()]
+
+    def report(self, items: Sequence[Hypothesis], predictions: Sequence[Any]) -> Report:
+        """Accuracy in percent, of all and of the hypotheses of each label."""
+        results = [{"id": item.name, "label": label} for item, label in zip(items, predictions, strict=True)]
+        judged = [
+            (LABELS[item.label], float(LABELS[item.label] == label))
+            for item, label in zip(items, predictions, strict=True)
+            if item.label is not None
+        ]
+        scores = {}
+        for name, chosen in (("accuracy", LABELS), *((label, (label,)) for label in LABELS)):
+            credits = [credit for label, credit in judged if label in chosen]
+            if credits:
+                scores[name] = round(100 * sum(credits) / len(credits), 4)
+        return Report(scores, results, [credit for _, credit in judged])
+
+    def _logits(self, batch: EntailmentBatch) -> Tensor:
+        image = self.model.encode_image(self.preprocessing.normalize(batch.pixels_BCHW))
+        text = self.model.encode_text(batch.hypothesis.ids_BL, batch.hypothesis.mask_BL)
+        return self.head(self.model.fuse(image, text, batch.picture_Q).pooled_BP).float()
