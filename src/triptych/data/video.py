@@ -22,7 +22,6 @@ from io import BytesIO
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -116,7 +115,7 @@ def read_frames(
         try:
             return _read(file, count, key, rule, shorter_side)
         except (ffmpeg_error, OSError) as error:
-            raise BrokenSample(key, f"cannot read the video: {getattr(error, 'strerror', error)}") from error
+            raise BrokenSample(key, f"cannot read the video: {error.strerror or error}") from error
 
 
 def transform_clip(frames: Sequence[Image.Image], transform: Transform) -> Tensor:
@@ -203,7 +202,8 @@ class _ToPicture:
 
     def __call__(self, frame: VideoFrame) -> Image.Image:
         if self._size is None:
-            scale = min(1.0, (self._shorter_side or np.inf) / min(frame.width, frame.height))
+            shorter_side = min(frame.width, frame.height)
+            scale = min(shorter_side, self._shorter_side or shorter_side) / shorter_side
             self._size = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
         width, height = self._size
         rgb = self._scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
@@ -246,10 +246,10 @@ class _Index:
 def _open_video(file: Any, key: str) -> Iterator[_Video]:
     from av.stream import Disposition
 
-    # FFmpeg hands the limit of pixels on to the decoders by which it finds out about the streams.
-    options = {"format_whitelist": ",".join(CONTAINERS), "max_pixels": str(MAX_PIXELS)}
+    # Not `options`, which are for streams too: PyAV 17 crashes on them where streams are found late (MPEG).
+    options = {"format_whitelist": ",".join(CONTAINERS)}
     try:
-        opened = _av().open(file, options=options, metadata_errors="ignore")
+        opened = _av().open(file, container_options=options, metadata_errors="ignore")
     except _av().FFmpegError as error:
         known = ", ".join(CONTAINERS)
         raise BrokenSample(key, f"the file is damaged or none of {known}: {error.strerror}") from error
@@ -262,7 +262,7 @@ def _open_video(file: Any, key: str) -> Iterator[_Video]:
             raise BrokenSample(key, "there is no decoder for the video")
         if context.width * context.height > MAX_PIXELS:
             raise BrokenSample(key, f"{context.width} x {context.height} pixels are more than {MAX_PIXELS:,}")
-        context.options = {"max_pixels": options["max_pixels"]}  # a later frame may claim more
+        context.options = {"max_pixels": str(MAX_PIXELS)}  # a later frame may claim more
         context.thread_count = 1
         yield _Video(container, streams[0])
 
@@ -274,11 +274,12 @@ class _Video:
 
     def packets(self) -> Iterator[Packet[VideoStream]]:
         """The encoded frames in the order of the file, until it ends or cannot be read any further."""
+        ffmpeg_error = _av().FFmpegError
         try:
             for packet in self.container.demux(self.stream):
                 if packet.size:  # to the decoder, an empty one would mean the end
                     yield packet
-        except (_av().FFmpegError, IndexError):  # PyAV's IndexError: at the end, damage had made up new streams
+        except (ffmpeg_error, IndexError):  # PyAV's IndexError: at the end, damage had made up new streams
             return
 
     def list_packets(self, key: str) -> _Index:
@@ -317,7 +318,7 @@ class _Video:
         """Frames with their numbers, as from the beginning, but leaving out what no wanted frame needs.
 
         Raises:
-            _LostError: it does not work with this file.
+            _LostError: they may not be those that decoding from the beginning would give.
         """
         frames: Iterator[tuple[int, VideoFrame]] = iter(())
         reached = -_WORTH_JUMPING - 1
@@ -330,8 +331,8 @@ class _Video:
                 frames = index.number(self.decode(self._packets_from(keyframe)))
             while reached < number:
                 following = next(frames, None)
-                if following is None:
-                    return
+                if following is None:  # the last frame that decodes may be one that was left out
+                    raise _LostError
                 reached = following[0]
                 yield following
 
