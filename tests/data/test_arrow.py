@@ -12,8 +12,9 @@ from PIL import Image
 
 from triptych.data import arrow as arrow_module
 from triptych.data import arrow_writing
-from triptych.data.arrow import ENTAILMENT, ArrowShard, open_arrow
+from triptych.data.arrow import ArrowShard, open_arrow
 from triptych.data.arrow_writing import write_arrow
+from triptych.data.lists import ENTAILMENT
 from triptych.data.loader import Loader
 from triptych.data.samples import Record, decode_image
 from triptych.data.sources import Source, open_source

@@ -132,11 +132,11 @@ def test_users_entailment(tmp_path, write, read):
         {"hypothesis": "It rains.", "premise": "Wet.", "label": "entailment", "source": "me"},
     ]
     assert [record.problem for record in records[2:]] == [
-        "'label' must be one of entailment, neutral, contradiction, got 'no'",
+        "'label' must be one of contradiction, neutral, entailment, got 'no'",
         "the field 'label' is missing",
         "the field 'image' is missing",
         "the field 'hypothesis' or 'sentence' is missing",
-        "'label' must be one of entailment, neutral, contradiction, got \"['neutral']\"",
+        "'label' must be one of contradiction, neutral, entailment, got \"['neutral']\"",
     ]
     unlabelled = [{"image": "a.jpg", "hypothesis": "It rains."}]
     assert read(write(tmp_path / "test.jsonl", unlabelled))[0].extra == {"hypothesis": "It rains."}

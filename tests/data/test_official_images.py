@@ -289,5 +289,5 @@ def test_snli_ve(tmp_path, name, key, there, write, put, read):
     assert [record.image_id for record in records[:2]] == ["3416050480"] * 2
     assert [record.problem for record in records[2:]] == [
         "'gold_label' is '-': the annotators did not agree",
-        "'gold_label' must be one of entailment, neutral, contradiction, got 'maybe'",
+        "'gold_label' must be one of contradiction, neutral, entailment, got 'maybe'",
     ]

@@ -7,16 +7,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from triptych.data.lists import ENTAILMENT
 from triptych.data.samples import BrokenSample, Record
 from triptych.data.tokenizers import Tokenizer, train_wordpiece
 from triptych.data.transforms import HALF, Preprocessing
 from triptych.models.mplug import MPlug
-from triptych.tasks.entailment import LABELS, Entailment, EntailmentBatch, EntailmentConfig, Hypothesis, ReadHypotheses
+from triptych.tasks.entailment import Entailment, EntailmentBatch, EntailmentConfig, Hypothesis, ReadHypotheses
 
 PIXELS = Preprocessing(16, HALF, HALF)
 ITEMS = (
-    Hypothesis("1", "a dog runs", LABELS.index("entailment")),
-    Hypothesis("2", "nobody is there at all", LABELS.index("contradiction")),
+    Hypothesis("1", "a dog runs", ENTAILMENT.index("entailment")),
+    Hypothesis("2", "nobody is there at all", ENTAILMENT.index("contradiction")),
     Hypothesis("3", "it is late", None),
 )
 
@@ -55,7 +56,7 @@ def test_the_loss_is_that_of_the_labelled_ones_alone(task: Entailment, batch: En
     logits_QK = torch.cat([logits_alone(task, batch, row) for row in range(3)])
     expected = F.cross_entropy(logits_QK[:2], torch.tensor([2, 0]))
     assert task(batch)["entailment"].item() == pytest.approx(expected.item(), abs=1e-5)
-    assert task.predict(batch) == [LABELS[index] for index in logits_QK.argmax(1).tolist()]
+    assert task.predict(batch) == [ENTAILMENT[index] for index in logits_QK.argmax(1).tolist()]
 
 
 def test_only_what_runs_is_trained(task: Entailment, batch: EntailmentBatch) -> None:
@@ -91,7 +92,7 @@ def test_what_is_no_hypothesis() -> None:
 
 
 def test_the_report_is_by_label(task: Entailment) -> None:
-    items = [*ITEMS, Hypothesis("4", "x", LABELS.index("entailment"))]
+    items = [*ITEMS, Hypothesis("4", "x", ENTAILMENT.index("entailment"))]
     report = task.report(items, ["entailment", "neutral", "neutral", "neutral"])
     assert report.scores == {"accuracy": 33.3333, "contradiction": 0.0, "entailment": 50.0}
     assert report.credits == [1.0, 0.0, 0.0]

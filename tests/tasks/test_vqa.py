@@ -118,7 +118,7 @@ def test_ranking_equals_scoring_each_pair_from_scratch(
     task = task_of(model, tokenizer)
     batch = batch_of(task)
     assert model.decoder is not None
-    memory = task._fuse(batch).states()
+    memory = task.fuse(batch, batch.question).states()
     texts = Tokens(*tokenizer.encode_batch(ANSWERS, max_length=None, end=True))
     best_QK, score_QK = rank_texts(
         model.decoder, memory, texts, candidates=candidates, rule=rule, rows_at_once=rows_at_once

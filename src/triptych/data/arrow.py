@@ -30,12 +30,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
+from triptych.data.lists import ENTAILMENT
 from triptych.data.samples import Record, open_binary
 from triptych.data.sources import Shard
 
 Kind = Literal["captions", "vqa", "nlvr2", "snli"]
-ENTAILMENT = ("contradiction", "neutral", "entailment")
-"""SNLI-VE's labels in the order of their numbers (write_snli.py)."""
 SHARD_ROWS = 1000
 """Rows of a table in one virtual shard."""
 

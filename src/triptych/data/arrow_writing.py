@@ -16,7 +16,8 @@ from typing import IO, Any, get_args
 
 from PIL import Image, UnidentifiedImageError
 
-from triptych.data.arrow import ANSWERS, ENTAILMENT, LAYOUTS, Kind, import_pyarrow
+from triptych.data.arrow import ANSWERS, LAYOUTS, Kind, import_pyarrow
+from triptych.data.lists import ENTAILMENT
 from triptych.data.samples import BrokenSample, Record, read_bytes
 from triptych.data.sources import Source
 from triptych.progress import progress

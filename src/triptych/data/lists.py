@@ -39,7 +39,7 @@ from triptych.data.fields import (
 )
 from triptych.data.samples import Record
 
-ENTAILMENT = ("entailment", "neutral", "contradiction")
+ENTAILMENT = ("contradiction", "neutral", "entailment")
 
 _CAPTION_FIELDS = frozenset({"caption", "captions", "image_id"})
 QUESTION_FIELDS = (

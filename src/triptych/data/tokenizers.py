@@ -167,8 +167,9 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, *, lowercase: bool = 
     """
     normalizer, pre_tokenizer = _bert_normalizer(lowercase), pre_tokenizers.BertPreTokenizer()
     counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(word for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text)))
+    for text, times in Counter(texts).items():  # generated texts come again and again
+        for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text)):
+            counts[word] += times
     letters = sorted(set("".join(counts)))
     # Given beforehand: the trainer would number the letters in the order of a hash map, and so break ties
     # between equally frequent pairs differently in every run.

@@ -176,7 +176,7 @@ def _vqa_v2(name: str, size: str, image_size: int) -> Recipe:
     return replace(
         recipe,
         objective=VqaConfig(search=BeamSearch(5, 1, 10)),
-        data=replace(recipe.data, per_caption=False, max_tokens=80),
+        data=replace(recipe.data, per_caption=False, max_tokens=25),
         optim=replace(recipe.optim, lr=2e-5, vision_lr=5e-6, warmup_lr=1e-6, warmup_steps=400),
     )
 

@@ -14,13 +14,13 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from triptych.data.batches import Movable
+from triptych.data.batches import Movable, Tokens
 from triptych.data.loader import read_once, seeded
 from triptych.data.samples import Record, decode_image
 from triptych.data.sources import Source
 from triptych.data.tokenizers import Tokenizer
 from triptych.data.transforms import Preprocessing, Transform
-from triptych.models.protocol import Part, VisionLanguageModel
+from triptych.models.protocol import Fused, Part, VisionLanguageModel
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch", bound="ItemBatch")
@@ -128,9 +128,9 @@ class Task(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class Shown(Generic[Item]):
-    """A picture (or several, in the leading dimension) as uint8 pixels, with what is asked of it."""
+    """A picture as uint8 pixels, with what is asked of it."""
 
-    pixels: Tensor
+    pixels_CHW: Tensor
     items: tuple[Item, ...]
 
 
@@ -145,11 +145,6 @@ class ItemBatch(Movable):
         return len(self.picture_Q)
 
 
-def show_picture(record: Record, transform: Transform) -> Tensor:
-    """The record's one picture."""
-    return transform(decode_image(record))
-
-
 @dataclass(frozen=True)
 class ItemPipeline(Generic[Item]):
     """Pictures with some of their items.
@@ -159,37 +154,35 @@ class ItemPipeline(Generic[Item]):
         batch: makes a batch of ``(pixels, picture_Q, items)``.
         per_picture: so many of a picture's items are drawn each time; 0 takes all. The picture is encoded once for
             them.
-        show: the pixels of a record, ``[C, H, W]`` or with leading dimensions.
     """
 
     items: Callable[[Record], Sequence[Item]]
     transform: Transform
     batch: Callable[[Tensor, Tensor, Sequence[Item]], Any]
     per_picture: int = 1
-    show: Callable[[Record, Transform], Tensor] = show_picture
 
     def prepare(self, record: Record, seed: int) -> Shown[Item]:
         """Decode, transform and draw items."""
         items = list(self.items(record))
         with seeded(seed):
-            pixels = self.show(record, self.transform)
+            pixels_CHW = self.transform(decode_image(record))
             if 0 < self.per_picture < len(items):
                 items = [items[index] for index in torch.randperm(len(items))[: self.per_picture].tolist()]
-        return Shown(pixels, tuple(items))
+        return Shown(pixels_CHW, tuple(items))
 
     def collate(self, examples: list[Shown[Item]]) -> Any:
         """One batch."""
         counts_B = torch.tensor([len(example.items) for example in examples])
         picture_Q = torch.arange(len(examples)).repeat_interleave(counts_B)
         items = [item for example in examples for item in example.items]
-        return self.batch(torch.stack([example.pixels for example in examples]), picture_Q, items)
+        return self.batch(torch.stack([example.pixels_CHW for example in examples]), picture_Q, items)
 
 
 class ItemTask(Task, Generic[Item, Batch]):
     """A task that asks one or more things of each picture and predicts something for each."""
 
     @abstractmethod
-    def items(self, max_words: int | None = None) -> Callable[[Record], Sequence[Item]]:
+    def items(self) -> Callable[[Record], Sequence[Item]]:
         """What reads a record's items; it goes to worker processes, so it holds no model."""
 
     @abstractmethod
@@ -204,11 +197,9 @@ class ItemTask(Task, Generic[Item, Batch]):
     def report(self, items: Sequence[Item], predictions: Sequence[Any]) -> Report:
         """Score predictions."""
 
-    show: Callable[[Record, Transform], Tensor] = staticmethod(show_picture)
-
     def training_pipeline(self, transform: Transform, max_words: int, max_tokens: int) -> ItemPipeline[Item]:
         batch = partial(self.batch, max_tokens=max_tokens)
-        return ItemPipeline(self.items(max_words), transform, batch, self.config.per_picture, self.show)
+        return ItemPipeline(self.items(), transform, batch, self.config.per_picture)
 
     def evaluate(self, source: Source, *, limit: int = 0, blank: bool = False, pictures: int = 32) -> Report:
         """Predict for every item of a data set and score; ``pictures`` are encoded at once."""
@@ -223,6 +214,11 @@ class ItemTask(Task, Generic[Item, Batch]):
             asked += [item for example in shown for item in example.items]
         return self.report(asked, predictions)
 
+    def fuse(self, batch: Batch, text: Tokens) -> Fused:
+        """The text of each item with its picture, which is encoded once."""
+        image = self.model.encode_image(self.preprocessing.normalize(batch.pixels_BCHW))
+        return self.model.fuse(image, self.model.encode_text(text.ids_BL, text.mask_BL), batch.picture_Q)
+
     def answer(self, records: Sequence[Record]) -> list[Any]:
         """A prediction for every item of some records, encoded at once."""
         pipeline = self._evaluation_pipeline()
@@ -232,7 +228,15 @@ class ItemTask(Task, Generic[Item, Batch]):
     def _evaluation_pipeline(self) -> ItemPipeline[Item]:
         """All items of a picture, with inputs as long as the model can read."""
         batch = partial(self.batch, max_tokens=self.model.max_text)
-        return ItemPipeline(self.items(), self.preprocessing.test_transform(), batch, 0, self.show)
+        return ItemPipeline(self.items(), self.preprocessing.test_transform(), batch, 0)
+
+
+def mean_credits(judged: Sequence[tuple[str | None, float]], name: str) -> dict[str, float]:
+    """Mean credits in percent, to four decimals: of all, called ``name``, then of each kind; none of nothing."""
+    kinds = sorted({kind for kind, _ in judged if kind is not None})
+    groups = {name: [credit for _, credit in judged]}
+    groups |= {kind: [credit for own, credit in judged if own == kind] for kind in kinds}
+    return {key: round(100 * sum(values) / len(values), 4) for key, values in groups.items() if values}
 
 
 def _first(batches: Iterator[list[Shown[Item]]], limit: int) -> Iterator[list[Shown[Item]]]:

@@ -17,16 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from triptych.data.batches import Tokens
+from triptych.data.lists import ENTAILMENT
 from triptych.data.samples import BrokenSample, Record
 from triptych.data.tokenizers import Tokenizer
 from triptych.data.transforms import Preprocessing
 from triptych.models.heads import ClassifierHead
 from triptych.models.protocol import Part, VisionLanguageModel
 from triptych.objectives.distributed import mean_over_all
-from triptych.tasks.base import ItemBatch, ItemTask, Report
-
-LABELS = ("contradiction", "neutral", "entailment")
-"""In the order of their numbers (ALBEF's and mPLUG's ``ve`` data sets, BridgeTower's tables)."""
+from triptych.tasks.base import ItemBatch, ItemTask, Report, mean_credits
 
 _UNKNOWN = -100
 
@@ -50,7 +48,7 @@ class EntailmentConfig:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One hypothesis as the model reads it; ``label`` indexes :data:`LABELS`, or is None in a test set."""
+    """One hypothesis as the model reads it; ``label`` indexes :data:`ENTAILMENT`, or is None in a test set."""
 
     name: str
     text: str
@@ -73,14 +71,14 @@ class ReadHypotheses:
 
     def _hypothesis(self, record: Record, values: Any, number: int) -> Hypothesis:
         text, label = str(values["hypothesis"]), values.get("label")
-        if label is not None and label not in LABELS:
-            raise BrokenSample(record.key, f"its label must be one of {', '.join(LABELS)}, not {label!r}")
+        if label is not None and label not in ENTAILMENT:
+            raise BrokenSample(record.key, f"its label must be one of {', '.join(ENTAILMENT)}, not {label!r}")
         if self.premise:
             if not values.get("premise"):
                 raise BrokenSample(record.key, "it has no premise: judge it with premise=False")
             text = f"{values['premise']} {self.separator} {text}"
         name = str(values.get("identifier", f"{record.key}#{number}"))
-        return Hypothesis(name, text, None if label is None else LABELS.index(label))
+        return Hypothesis(name, text, None if label is None else ENTAILMENT.index(label))
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class EntailmentBatch(ItemBatch):
 
     Attributes:
         hypothesis: ``[CLS] hypothesis``.
-        label_Q: index into :data:`LABELS`.
+        label_Q: index into :data:`ENTAILMENT`.
     """
 
     hypothesis: Tokens
@@ -114,10 +112,10 @@ class Entailment(ItemTask[Hypothesis, EntailmentBatch]):
     ) -> None:
         super().__init__(model, tokenizer, preprocessing, config or EntailmentConfig())
         self.head = ClassifierHead(
-            model.pooled_width, len(LABELS), scale=self.config.head_scale, dropout=self.config.head_dropout
+            model.pooled_width, len(ENTAILMENT), scale=self.config.head_scale, dropout=self.config.head_dropout
         )
 
-    def items(self, max_words: int | None = None) -> Callable[[Record], Sequence[Hypothesis]]:
+    def items(self) -> Callable[[Record], Sequence[Hypothesis]]:
         return ReadHypotheses(self.tokenizer.special.eos, self.config.premise)
 
     def batch(
@@ -136,24 +134,17 @@ class Entailment(ItemTask[Hypothesis, EntailmentBatch]):
     @torch.inference_mode()
     def predict(self, batch: EntailmentBatch) -> list[str]:
         """A label for each hypothesis."""
-        return [LABELS[index] for index in self._logits(batch).argmax(1).tolist()]
+        return [ENTAILMENT[index] for index in self._logits(batch).argmax(1).tolist()]
 
     def report(self, items: Sequence[Hypothesis], predictions: Sequence[Any]) -> Report:
         """Accuracy in percent, of all and of the hypotheses of each label."""
         results = [{"id": item.name, "label": label} for item, label in zip(items, predictions, strict=True)]
         judged = [
-            (LABELS[item.label], float(LABELS[item.label] == label))
+            (ENTAILMENT[item.label], float(ENTAILMENT[item.label] == label))
             for item, label in zip(items, predictions, strict=True)
             if item.label is not None
         ]
-        scores = {}
-        for name, chosen in (("accuracy", LABELS), *((label, (label,)) for label in LABELS)):
-            credits = [credit for label, credit in judged if label in chosen]
-            if credits:
-                scores[name] = round(100 * sum(credits) / len(credits), 4)
-        return Report(scores, results, [credit for _, credit in judged])
+        return Report(mean_credits(judged, "accuracy"), results, [credit for _, credit in judged])
 
     def _logits(self, batch: EntailmentBatch) -> Tensor:
-        image = self.model.encode_image(self.preprocessing.normalize(batch.pixels_BCHW))
-        text = self.model.encode_text(batch.hypothesis.ids_BL, batch.hypothesis.mask_BL)
-        return self.head(self.model.fuse(image, text, batch.picture_Q).pooled_BP).float()
+        return self.head(self.fuse(batch, batch.hypothesis).pooled_BP).float()

@@ -25,9 +25,9 @@ from triptych.data.transforms import Preprocessing
 from triptych.generation import BeamSearch, RankRule, SpecialIds, generate, rank_texts
 from triptych.metrics.vqa import Rules, normalize_answer, vqa_accuracy
 from triptych.models.heads import ClassifierHead
-from triptych.models.protocol import Fused, Part, VisionLanguageModel
+from triptych.models.protocol import Part, VisionLanguageModel
 from triptych.objectives.distributed import mean_over_all
-from triptych.tasks.base import ItemBatch, ItemTask, Report
+from triptych.tasks.base import ItemBatch, ItemTask, Report, mean_credits
 
 Answering = Literal["generate", "rank", "classify"]
 
@@ -203,7 +203,7 @@ class VisualQuestionAnswering(ItemTask[Question, VqaBatch]):
     def complete(cls, config: VqaConfig, records: Iterable[Record]) -> VqaConfig:
         return config.completed(records)
 
-    def items(self, max_words: int | None = None) -> Callable[[Record], Sequence[Question]]:
+    def items(self) -> Callable[[Record], Sequence[Question]]:
         return ReadQuestions(self.tokenizer.special.eos, self.config.ocr, self.config.objects)
 
     def batch(self, pixels_BCHW: Tensor, picture_Q: Tensor, items: Sequence[Question], *, max_tokens: int) -> VqaBatch:
@@ -225,7 +225,7 @@ class VisualQuestionAnswering(ItemTask[Question, VqaBatch]):
 
         Classification: binary cross-entropy of every class with its soft score, summed over classes.
         """
-        fused = self._fuse(batch)
+        fused = self.fuse(batch, batch.question)
         if self.config.answering == "classify":
             logits_QK = self.head(fused.pooled_BP).float()
             loss_QK = F.binary_cross_entropy_with_logits(logits_QK, batch.target_QK, reduction="none")
@@ -245,7 +245,7 @@ class VisualQuestionAnswering(ItemTask[Question, VqaBatch]):
     @torch.inference_mode()
     def predict(self, batch: VqaBatch) -> list[str]:
         """An answer for each question."""
-        fused = self._fuse(batch)
+        fused = self.fuse(batch, batch.question)
         if self.config.answering == "classify":
             return [self.config.answers[index] for index in self.head(fused.pooled_BP).argmax(1).tolist()]
         decoder = self.model.decoder
@@ -269,15 +269,7 @@ class VisualQuestionAnswering(ItemTask[Question, VqaBatch]):
             for item, answer in zip(items, predictions, strict=True)
             if item.answers
         ]
-        scores = {"overall": _percent(credit for _, credit in judged)} if judged else {}
-        for kind in sorted({kind for kind, _ in judged if kind is not None}):
-            scores[kind] = _percent(credit for own, credit in judged if own == kind)
-        return Report(scores, results, [credit for _, credit in judged])
-
-    def _fuse(self, batch: VqaBatch) -> Fused:
-        image = self.model.encode_image(self.preprocessing.normalize(batch.pixels_BCHW))
-        text = self.model.encode_text(batch.question.ids_BL, batch.question.mask_BL)
-        return self.model.fuse(image, text, batch.picture_Q)
+        return Report(mean_credits(judged, "overall"), results, [credit for _, credit in judged])
 
     def _targets(self, item: Question) -> Tensor:
         """Soft scores of the classes, ``[K]``: 0.3, 0.6, 0.9, 1 for 1, 2, 3, 4 humans; 1 where only one was asked."""
@@ -300,8 +292,3 @@ def _merged(item: Question) -> dict[str, float]:
     for answer, weight in zip(item.answers, item.weights, strict=True):
         merged[answer] = merged.get(answer, 0.0) + weight
     return merged
-
-
-def _percent(credits: Iterable[float]) -> float:
-    values = list(credits)
-    return round(100 * sum(values) / len(values), 4)
