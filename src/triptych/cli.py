@@ -148,6 +148,9 @@ def evaluate(
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     compile: bool = False,
     candidates: int | None = None,
+    answers: Path | None = None,
+    frames: int | None = None,
+    frame_rule: Literal["uniform", "official"] | None = None,
 ) -> None:
     """Evaluate a checkpoint; scores go to stdout.
 
@@ -164,10 +167,21 @@ def evaluate(
         compile: compile the encoders first (about a minute), for thousands of pictures.
         candidates: of retrieval: so many of the best by embeddings are re-ranked by matching, with 0 none; by default
             as the checkpoint says.
+        answers: of vqa: a JSON list of answers to choose among, or an object whose keys they are.
+        frames: of videos: so many are looked at; by default as the checkpoint says (8).
+        frame_rule: which: uniform over the whole video, or as mPLUG's code, which can miss the end.
     """
     from triptych.predict import Predictor
 
-    predictor = Predictor.load(checkpoint, precision=precision, compile=compile, candidates=candidates)
+    predictor = Predictor.load(
+        checkpoint,
+        precision=precision,
+        compile=compile,
+        candidates=candidates,
+        frames=frames,
+        frame_rule=frame_rule,
+        answers=() if answers is None else _read_texts(answers),
+    )
     report = predictor.evaluate(task, data, image_root, splits, limit=limit, blank=blank)
     if predictions is not None and report.predictions:
         predictions.write_text(json.dumps(report.predictions, indent=1) + "\n")
@@ -234,23 +248,25 @@ def predict(
     checkpoint: Path = Path("demo/captioning/model"),
     question: tuple[str, ...] = (),
     beams: int | None = None,
+    frames: int | None = None,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
 ) -> None:
-    """Use a checkpoint on pictures: one JSON object a picture on stdout.
+    """Use a checkpoint on pictures and videos: one JSON object each on stdout.
 
     Args:
         task: what to do.
-        images: picture files.
+        images: picture or video files.
         checkpoint: a checkpoint folder; by default the one that ``make demo`` leaves.
-        question: of vqa: one or more questions, asked about every picture.
+        question: of vqa: one or more questions, asked about each picture or video.
         beams: width of the search for captions; by default the checkpoint's.
+        frames: of videos: so many are looked at.
         precision: arithmetic.
     """
     from triptych.predict import Predictor
 
     if (task == "vqa") != bool(question):
         raise ValueError("--question is needed for vqa, and for nothing else")
-    predictor = Predictor.load(checkpoint, precision=precision, beams=beams)
+    predictor = Predictor.load(checkpoint, precision=precision, beams=beams, frames=frames)
     if task == "vqa":
         for path, asked, answer in predictor.answer_files(images, question):
             _print_json({"image": str(path), "question": asked, "answer": answer})
@@ -419,15 +435,16 @@ def data_arrow(
 
 
 def _read_texts(path: Path) -> list[str]:
-    """A JSON list of texts."""
+    """A JSON list of texts, or the keys of a JSON object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    values = list(values) if isinstance(values, dict) else values
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{path} must be a JSON list of texts")
+        raise ValueError(f"{path} must be a JSON list of texts, or an object whose keys they are")
     return values
 
 

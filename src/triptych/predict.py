@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,11 +13,12 @@ import torch
 from triptych.checkpoints.configs import from_json
 from triptych.checkpoints.folder import load
 from triptych.checkpoints.reading import Tensors
-from triptych.data.pictures import read_pictures
-from triptych.data.samples import Record, decode_image
+from triptych.data.official_video import VIDEO_SUFFIXES
+from triptych.data.pictures import read_pictures, show, stack
+from triptych.data.samples import Record
 from triptych.data.sources import open_source
 from triptych.data.tokenizers import Tokenizer
-from triptych.data.transforms import Preprocessing
+from triptych.data.transforms import FrameChoice, FrameRule, Preprocessing
 from triptych.generation import BeamSearch
 from triptych.models.protocol import VisionLanguageModel
 from triptych.tasks.base import Report, Task
@@ -57,6 +58,9 @@ class Predictor:
         beams: int | None = None,
         compile: bool = False,
         candidates: int | None = None,
+        frames: int | None = None,
+        frame_rule: FrameRule | None = None,
+        answers: Sequence[str] = (),
     ) -> Self:
         """Load a checkpoint folder or Hub id, on a GPU where there is one.
 
@@ -64,6 +68,8 @@ class Predictor:
             precision: of the arithmetic.
             beams: width of the caption search; by default the checkpoint's.
             candidates: of retrieval, re-ranked by matching; by default the checkpoint's.
+            frames, frame_rule: seen of a video; by default as the checkpoint says.
+            answers: choose every answer to a question among these.
             compile: see :func:`triptych.training.parallel.compile_inference`.
 
         Raises:
@@ -82,13 +88,17 @@ class Predictor:
             captioning = replace(captioning, search=replace(captioning.search, beams=beams))
         if candidates is not None:
             retrieval = replace(retrieval, candidates=candidates)
+        if answers:
+            task["vqa"] = {**task.get("vqa", {}), "answering": "rank", "answers": list(answers)}
+        preprocessing = loaded.preprocessing
+        seen = FrameChoice(frames or preprocessing.frames.count, frame_rule or preprocessing.frames.rule)
         loaded.model.eval()
         if compile:
             compile_inference(loaded.model)
         return cls(
             loaded.model,
             loaded.tokenizer,
-            loaded.preprocessing,
+            replace(preprocessing, frames=seen),
             captioning,
             retrieval,
             task,
@@ -102,23 +112,22 @@ class Predictor:
         return next(self.model.parameters()).device
 
     def caption_files(self, paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
-        """Captions of picture files, a batch at a time."""
+        """Captions of picture and video files, a batch at a time."""
         task = self.captioner()
-        transform = self.preprocessing.test_transform()
+        transform, frames = self.preprocessing.test_transform(), self.preprocessing.frames
         for some in _groups(paths):
-            pictures = [decode_image(Record(str(path), str(path), (), str(path))) for path in some]
-            pixels_BCHW = torch.stack([transform(picture) for picture in pictures]).to(self.device)
+            pixels = stack([show(_file(path), transform, frames) for path in some]).to(self.device)
             with autocast(self.device, self.precision):
-                captions = task.caption(pixels_BCHW)
+                captions = task.caption(pixels)
             yield from zip(some, captions, strict=True)
 
     def answer_files(self, paths: Iterable[Path], questions: Sequence[str]) -> Iterator[tuple[Path, str, str]]:
-        """Answers to questions, all of them about each picture file, a batch at a time: (path, question, answer)."""
+        """(path, question, answer): all questions about each picture or video, a batch at a time."""
         task = self.task(VisualQuestionAnswering.name)
         assert isinstance(task, VisualQuestionAnswering)
         asked = {"questions": [{"question": question} for question in questions]}
         for some in _groups(paths):
-            records = [Record(str(path), str(path), (), str(path), asked) for path in some]
+            records = [_file(path, asked) for path in some]
             with autocast(self.device, self.precision):
                 answers = iter(task.answer(records))
             yield from ((path, question, next(answers)) for path in some for question in questions)
@@ -175,7 +184,19 @@ class Predictor:
         return Captioning(self.model, self.tokenizer, self.preprocessing, self.captioning).eval()
 
 
+def _file(path: Path, extra: Mapping[str, Any] | None = None) -> Record:
+    """A record of a picture file, or of a video."""
+    if _is_video(path):
+        return Record(str(path), None, (), str(path), {**(extra or {}), "video": str(path)})
+    return Record(str(path), str(path), (), str(path), extra or {})
+
+
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
 def _groups(paths: Iterable[Path], size: int = _BATCH) -> Iterator[tuple[Path, ...]]:
-    remaining = iter(paths)
-    while some := tuple(islice(remaining, size)):
-        yield some
+    """The paths in their order, so many at once, pictures and videos apart."""
+    for _, alike in groupby(paths, _is_video):
+        while some := tuple(islice(alike, size)):
+            yield some

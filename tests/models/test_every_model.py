@@ -558,3 +558,34 @@ def test_only_layers_that_ran_are_recorded(model: VisionLanguageModel, inputs: I
     everything = {name for name, module in model.named_modules() if isinstance(module, Attention)}
     assert maps
     assert set(maps) < everything
+
+
+def test_a_clip_is_its_frames_one_after_the_other(model: VisionLanguageModel, inputs: Inputs) -> None:
+    frames_BFCHW = torch.stack([inputs.pixels_BCHW, inputs.pixels_BCHW.flip(0), inputs.pixels_BCHW.flip(-1)], dim=1)
+    clip = model.encode_image(frames_BFCHW)
+    alone = [model.encode_image(frames_BFCHW[:, number]) for number in range(3)]
+    assert clip.frames == 3
+    torch.testing.assert_close(clip.hidden_BLD, torch.cat([frame.hidden_BLD for frame in alone], dim=1))
+    for number, level_BLD in enumerate(clip.levels):
+        torch.testing.assert_close(level_BLD, torch.cat([frame.levels[number] for frame in alone], dim=1))
+    assert clip.rows(slice(1, 2)).frames == clip.detach().frames == clip.to("cpu").frames == 3
+
+
+def test_a_clip_is_embedded_as_the_mean_of_its_frames(model: VisionLanguageModel, inputs: Inputs) -> None:
+    frames_BFCHW = torch.stack([inputs.pixels_BCHW, inputs.pixels_BCHW.flip(0)], dim=1)
+    means = [model.encode_image(frames_BFCHW[:, number]).hidden_BLD for number in range(2)]
+    expected_BE = model.embed_picture(Encoded((means[0] + means[1]) / 2))
+    torch.testing.assert_close(model.embed_image(model.encode_image(frames_BFCHW)), expected_BE)
+    still_BFCHW = inputs.pixels_BCHW[:, None].expand(-1, 4, -1, -1, -1)
+    once = model.embed_image(model.encode_image(inputs.pixels_BCHW))
+    torch.testing.assert_close(model.embed_image(model.encode_image(still_BFCHW)), once)
+
+
+def test_texts_fuse_with_clips(model: VisionLanguageModel, inputs: Inputs) -> None:
+    clip = model.encode_image(torch.stack([inputs.pixels_BCHW, inputs.pixels_BCHW.flip(0)], dim=1))
+    text = model.encode_text(inputs.ids_BL, inputs.mask_BL)
+    rows_B = torch.tensor([2, 0, 0])
+    fused, expected = model.fuse(clip, text, rows_B), model.fuse(clip.rows(rows_B), text)
+    torch.testing.assert_close(fused.pooled_BP, expected.pooled_BP)
+    first = model.fuse(model.encode_image(inputs.pixels_BCHW), text)
+    assert not torch.allclose(model.fuse(clip, text).pooled_BP, first.pooled_BP)

@@ -47,7 +47,7 @@ def batch(task: Entailment) -> EntailmentBatch:
 def logits_alone(task: Entailment, batch: EntailmentBatch, row: int) -> torch.Tensor:
     """Of one hypothesis, without padding."""
     picture, length = int(batch.picture_Q[row]), int(batch.hypothesis.mask_BL[row].sum())
-    image = task.model.encode_image(PIXELS.normalize(batch.pixels_BCHW[picture : picture + 1]))
+    image = task.model.encode_image(PIXELS.normalize(batch.pixels[picture : picture + 1]))
     text = task.model.encode_text(batch.hypothesis.ids_BL[row : row + 1, :length])
     return task.head(task.model.fuse(image, text).pooled_BP)
 

@@ -62,7 +62,7 @@ def fused_one(task: VisualQuestionAnswering, batch: VqaBatch, row: int) -> Any:
     """A question's fused state computed alone, without padding."""
     picture = int(batch.picture_Q[row])
     length = int(batch.question.mask_BL[row].sum())
-    image = task.model.encode_image(PIXELS.normalize(batch.pixels_BCHW[picture : picture + 1]))
+    image = task.model.encode_image(PIXELS.normalize(batch.pixels[picture : picture + 1]))
     return task.model.fuse(image, task.model.encode_text(batch.question.ids_BL[row : row + 1, :length]))
 
 
@@ -141,7 +141,7 @@ def test_questions_are_answered_alone_as_together(model: MPlug, tokenizer: Token
     task = task_of(model, tokenizer, answering=answering)
     batch = batch_of(task)
     alone = [
-        task.predict(task.batch(batch.pixels_BCHW[p : p + 1], torch.tensor([0]), [QUESTIONS[row]], max_tokens=20))[0]
+        task.predict(task.batch(batch.pixels[p : p + 1], torch.tensor([0]), [QUESTIONS[row]], max_tokens=20))[0]
         for row, p in enumerate(batch.picture_Q.tolist())
     ]
     assert task.predict(batch) == alone

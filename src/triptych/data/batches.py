@@ -54,7 +54,7 @@ class ImageTextBatch(Movable):
     """Pictures and one text each.
 
     Attributes:
-        pixels_BCHW: uint8 RGB.
+        pixels_BCHW: uint8 RGB; of clips [B, F, C, H, W].
         text: ``[CLS] words``, without an end token.
         image_id_B: int64, equal for texts of one picture (see :func:`stable_id`).
     """

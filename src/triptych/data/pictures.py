@@ -1,29 +1,58 @@
-"""The pictures of a data set, once each and in order, for evaluation.
+"""What a record shows, as pixels; and the pictures of a data set, once each and in order, for evaluation.
 
-Shape legend: B batch, C channels, H height, W width.
+Shape legend: B batch, F frames, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from triptych.data.loader import read_once
-from triptych.data.samples import Record, decode_image
+from triptych.data.samples import BrokenSample, Record, decode_image, load_image
 from triptych.data.sources import Source
-from triptych.data.transforms import Preprocessing
+from triptych.data.transforms import FrameChoice, Preprocessing, Transform
+from triptych.data.video import read_frames, transform_clip
 
 Pictures = Iterator[tuple[Sequence[Record], Tensor]]
 
 
+def show(record: Record, transform: Transform, frames: FrameChoice) -> Tensor:
+    """The record's picture, ``[C, H, W]``; the frames of its video or its several pictures, ``[F, C, H, W]``; uint8.
+
+    A random transform treats the frames of a video alike, and several pictures each by itself.
+
+    Raises:
+        BrokenSample: it has a problem, or what it shows cannot be read.
+    """
+    if record.problem is not None:
+        raise BrokenSample(record.key, record.problem)
+    if record.image is None and record.extra.get("video"):
+        return transform_clip(read_frames(record.extra["video"], frames.count, record.key, frames.rule), transform)
+    if record.image is None and record.extra.get("images"):
+        return torch.stack([transform(load_image(image, record.key)) for image in record.extra["images"]])
+    return transform(decode_image(record))
+
+
+def stack(pixels: Sequence[Tensor]) -> Tensor:
+    """Pixels of several records as one batch.
+
+    Raises:
+        ValueError: some show one picture and others several.
+    """
+    shapes = {tuple(own.shape) for own in pixels}
+    if len(shapes) > 1:
+        raise ValueError(f"the records of one batch show unlike things (pixels {sorted(shapes)}): give them apart")
+    return torch.stack(list(pixels))
+
+
 def read_pictures(source: Source, preprocessing: Preprocessing, batch_size: int = 50, limit: int = 0) -> Pictures:
     """Records and their pixels (uint8), in order; ``limit`` stops after so many pictures."""
-    transform = preprocessing.test_transform()
-    batches = read_once(source, _Show(transform), _as_batch, batch_size=min(batch_size, limit) if limit else batch_size)
+    shown = _Show(preprocessing.test_transform(), preprocessing.frames)
+    batches = read_once(source, shown, _as_batch, batch_size=min(batch_size, limit) if limit else batch_size)
     seen = 0
     for records, pixels_BCHW in batches:
         left = limit - seen if limit else len(records)
@@ -35,12 +64,13 @@ def read_pictures(source: Source, preprocessing: Preprocessing, batch_size: int 
 
 @dataclass(frozen=True)
 class _Show:
-    transform: Any
+    transform: Transform
+    frames: FrameChoice
 
     def __call__(self, record: Record, seed: int) -> tuple[Record, Tensor]:
-        return replace(record, image=None), self.transform(decode_image(record))
+        return replace(record, image=None), show(record, self.transform, self.frames)
 
 
 def _as_batch(examples: list[tuple[Record, Tensor]]) -> tuple[list[Record], Tensor]:
     records, pixels = zip(*examples, strict=True)
-    return list(records), torch.stack(pixels)
+    return list(records), stack(pixels)

@@ -6,18 +6,17 @@ A pipeline's ``prepare`` runs in the loader's workers, its ``collate`` in the ma
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from triptych.data.batches import ImageTextBatch, PretrainingBatch, Tokens, stable_id
 from triptych.data.loader import seeded
-from triptych.data.samples import BrokenSample, Record, decode_image, pre_caption
+from triptych.data.pictures import show, stack
+from triptych.data.samples import BrokenSample, Record, pre_caption
 from triptych.data.tokenizers import Tokenizer
-
-Transform = Callable[[Image.Image], Tensor]
+from triptych.data.transforms import FrameChoice, Transform
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,13 @@ class Example:
     """One decoded sample.
 
     Attributes:
-        pixels_CHW: uint8.
+        pixels: uint8, [C, H, W] or, of a clip, [F, C, H, W].
         captions: cleaned; the first is the one to train on.
         uniform: a random number in [0, 1) for what is decided later (the PrefixLM split).
     """
 
     record: Record
-    pixels_CHW: Tensor
+    pixels: Tensor
     captions: tuple[str, ...]
     image_id: int
     uniform: float
@@ -56,6 +55,7 @@ class ImageTextPipeline:
     end: bool = False
     prompt: str = ""
     clean: bool = True
+    frames: FrameChoice = field(default_factory=FrameChoice)
 
     def prepare(self, record: Record, seed: int) -> Example:
         """Decode, transform, and choose a caption."""
@@ -63,12 +63,12 @@ class ImageTextPipeline:
         if not captions:
             raise BrokenSample(record.key, "it has no caption")
         with seeded(seed):
-            pixels_CHW = self.transform(decode_image(record))
+            pixels = show(record, self.transform, self.frames)
             choice, uniform = torch.rand(2).tolist()
         first = int(choice * len(captions))
         light = Record(record.key, None, record.captions, record.image_id, record.extra)
         ordered = (captions[first], *captions[:first], *captions[first + 1 :])
-        return Example(light, pixels_CHW, ordered, stable_id(record.image_id), uniform)
+        return Example(light, pixels, ordered, stable_id(record.image_id), uniform)
 
     def _text(self, caption: str) -> str:
         if self.clean:
@@ -105,7 +105,7 @@ class PretrainingPipeline(ImageTextPipeline):
 
 
 def _pixels(examples: Sequence[Example]) -> Tensor:
-    return torch.stack([example.pixels_CHW for example in examples])
+    return stack([example.pixels for example in examples])
 
 
 def _ids(examples: Sequence[Example]) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,6 +28,8 @@ HALF = (0.5, 0.5, 0.5)
 Triple = tuple[float, float, float]
 Transform = Callable[[Image.Image], Tensor]
 """RGB picture of any size -> uint8 tensor (C, image_size, image_size)."""
+
+FrameRule = Literal["uniform", "official"]
 
 Operation = Literal[
     "Identity",
@@ -57,6 +59,21 @@ def normalize(
 
 
 @dataclass(frozen=True)
+class FrameChoice:
+    """Which frames of a clip are looked at: ``count``, chosen by ``rule`` (:func:`triptych.data.video.frame_indices`).
+
+    mPLUG's paper takes 8 for retrieval; its code 12 for retrieval, 16 for questions and 8 for captions.
+    """
+
+    count: int = 8
+    rule: FrameRule = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.rule not in get_args(FrameRule):
+            raise ValueError(f"frames need a count from 1 on and uniform or official, got {self.count}, {self.rule!r}")
+
+
+@dataclass(frozen=True)
 class Preprocessing:
     """How a model wants its pictures.
 
@@ -65,12 +82,14 @@ class Preprocessing:
         mean, std: of each colour, for pixels in 0..1.
         resize: what evaluation does with other aspect ratios: "squash" to a square (mPLUG, ALBEF, EVE), or
             scale the shorter side and "crop" the centre (CLIP, BridgeTower's pre-training).
+        frames: what is seen of a video.
     """
 
     image_size: int
     mean: Triple = CLIP_MEAN
     std: Triple = CLIP_STD
     resize: Literal["squash", "crop"] = "squash"
+    frames: FrameChoice = field(default_factory=FrameChoice)
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -89,10 +108,11 @@ class Preprocessing:
         """The inverse of `to_dict`; unknown or missing fields are a ValueError."""
         try:
             named = cls(**values)
+            frames = named.frames if isinstance(named.frames, FrameChoice) else FrameChoice(**named.frames)
         except TypeError as error:
             raise ValueError(f"not a preprocessing configuration: {error}") from error
         mean, std = tuple(map(float, named.mean)), tuple(map(float, named.std))
-        return cls(named.image_size, mean, std, named.resize)  # type: ignore[arg-type]
+        return cls(named.image_size, mean, std, named.resize, frames)  # type: ignore[arg-type]
 
     def test_transform(self) -> Transform:
         """The transform of evaluation: the whole picture, nothing random."""

@@ -20,20 +20,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from triptych.data.samples import MAX_PIXELS, BrokenSample, open_binary, read_bytes
-from triptych.data.transforms import Transform
+from triptych.data.transforms import FrameRule, Transform
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame, VideoStream
     from av.container import InputContainer
-
-Rule = Literal["uniform", "official"]
 
 CONTAINERS = ("asf", "avi", "flv", "gif", "matroska", "mov", "mpeg", "mpegts", "ogg", "webm")
 """Formats that are opened, by FFmpeg's names ("mov" is MP4 too). Playlists are not among them: a record of a
@@ -51,7 +49,7 @@ _TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Tra
 """Counterclockwise, by the number of quarter turns."""
 
 
-def frame_indices(length: int, count: int, rule: Rule = "uniform") -> list[int]:
+def frame_indices(length: int, count: int, rule: FrameRule = "uniform") -> list[int]:
     """The numbers, in ascending order, of `count` frames of a clip of `length` frames.
 
     "uniform" cuts the clip into `count` equal segments and takes the frame in the middle of each. A frame occurs
@@ -73,11 +71,11 @@ def frame_indices(length: int, count: int, rule: Rule = "uniform") -> list[int]:
         case "official":
             return [segment * (length // count) for segment in range(count)]
         case _:
-            raise ValueError(f"unknown rule {rule!r}; there are {', '.join(get_args(Rule))}")
+            raise ValueError(f"unknown rule {rule!r}; there are {', '.join(get_args(FrameRule))}")
 
 
 def read_frames(
-    location: bytes | str, count: int, key: str, rule: Rule = "uniform", *, shorter_side: int | None = 512
+    location: bytes | str, count: int, key: str, rule: FrameRule = "uniform", *, shorter_side: int | None = 512
 ) -> list[Image.Image]:
     """`count` frames of a video, in the order in which they are shown.
 
@@ -150,7 +148,7 @@ def _open_file(location: bytes | str) -> Any:
     return BytesIO(read_bytes(location)) if ".tar:" in location else open_binary(location)
 
 
-def _read(file: Any, count: int, key: str, rule: Rule, shorter_side: int | None) -> list[Image.Image]:
+def _read(file: Any, count: int, key: str, rule: FrameRule, shorter_side: int | None) -> list[Image.Image]:
     with _open_video(file, key) as video:
         index = video.list_packets(key)
         wanted = frame_indices(index.length, count, rule)

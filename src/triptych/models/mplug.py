@@ -222,7 +222,7 @@ class MPlug(VisionLanguageModel):
         self.vision.config = vision
         self.config = replace(self.config, vision=vision)
 
-    def encode_image(self, pixels_BCHW: Tensor) -> Encoded:
+    def encode_picture(self, pixels_BCHW: Tensor) -> Encoded:
         """[B, 3, H, W] normalised pixels to [B, N, D]."""
         return Encoded(self.bridge(self.vision(pixels_BCHW)))
 
@@ -230,7 +230,7 @@ class MPlug(VisionLanguageModel):
         """[B, L] ids, ``[CLS] words`` (official convention: no ``[SEP]``), to [B, L, D]."""
         return Encoded(self.text(ids_BL, mask_BL), mask_BL)
 
-    def embed_image(self, image: Encoded) -> Tensor:
+    def embed_picture(self, image: Encoded) -> Tensor:
         return F.normalize(self.image_projection(image.hidden_BLD[:, 0]), dim=-1)
 
     def embed_text(self, text: Encoded) -> Tensor:

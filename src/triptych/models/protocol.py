@@ -26,11 +26,13 @@ class Encoded:
         hidden_BLD: the final states; token 0 summarises the whole.
         mask_BL: bool, ``True`` where a token is real; ``None`` when every token is.
         levels: states of earlier layers, lowest first, for models that connect levels.
+        frames: F; of how many pictures the tokens are, one after the other (a clip; token 0 is that of the first).
     """
 
     hidden_BLD: Tensor
     mask_BL: Tensor | None = None
     levels: tuple[Tensor, ...] = ()
+    frames: int = 1
 
     def __len__(self) -> int:
         return self.hidden_BLD.shape[0]
@@ -38,11 +40,11 @@ class Encoded:
     def rows(self, index: Tensor | slice) -> Encoded:
         """The given rows of the batch, repeated or reordered as the index says."""
         mask_BL = None if self.mask_BL is None else self.mask_BL[index]
-        return Encoded(self.hidden_BLD[index], mask_BL, tuple(level[index] for level in self.levels))
+        return Encoded(self.hidden_BLD[index], mask_BL, tuple(level[index] for level in self.levels), self.frames)
 
     def detach(self) -> Encoded:
         """The same states without their graph."""
-        return Encoded(self.hidden_BLD.detach(), self.mask_BL, tuple(x.detach() for x in self.levels))
+        return Encoded(self.hidden_BLD.detach(), self.mask_BL, tuple(x.detach() for x in self.levels), self.frames)
 
     def to(self, *args: Any, **kwargs: Any) -> Encoded:
         """States moved or cast as ``Tensor.to`` does; the mask only moved."""
@@ -50,7 +52,21 @@ class Encoded:
         hidden_BLD = self.hidden_BLD.to(*args, **kwargs)
         if mask_BL is not None:
             mask_BL = mask_BL.to(hidden_BLD.device)
-        return Encoded(hidden_BLD, mask_BL, tuple(level.to(*args, **kwargs) for level in self.levels))
+        levels = tuple(level.to(*args, **kwargs) for level in self.levels)
+        return Encoded(hidden_BLD, mask_BL, levels, self.frames)
+
+    def as_clips(self, frames: int) -> Encoded:
+        """Every ``frames`` consecutive rows, pictures of equal size, as one row."""
+        hidden_BLD, *levels = (x.reshape(-1, frames * x.shape[1], x.shape[2]) for x in (self.hidden_BLD, *self.levels))
+        return Encoded(hidden_BLD, None, tuple(levels), frames)
+
+    def mean_frame(self) -> Encoded:
+        """The mean over the frames of each row."""
+        if self.frames == 1:
+            return self
+        sides = (self.hidden_BLD, *self.levels)
+        hidden_BLD, *levels = (x.view(len(x), self.frames, -1, x.shape[2]).mean(1) for x in sides)
+        return Encoded(hidden_BLD, None, tuple(levels))
 
     @staticmethod
     def stack(parts: Sequence[Encoded]) -> Encoded:
@@ -61,7 +77,7 @@ class Encoded:
         if any(part.mask_BL is not None for part in parts):
             mask_BL = torch.cat([part.real_BL() for part in parts])
         levels = tuple(torch.cat(level) for level in zip(*(part.levels for part in parts), strict=True))
-        return Encoded(torch.cat([part.hidden_BLD for part in parts]), mask_BL, levels)
+        return Encoded(torch.cat([part.hidden_BLD for part in parts]), mask_BL, levels, parts[0].frames)
 
     def pad(self, length: int) -> Encoded:
         """Padding at the end, up to ``length`` tokens."""
@@ -69,7 +85,7 @@ class Encoded:
         if extra == 0:
             return self
         hidden_BLD, *levels = (F.pad(x_BLD, (0, 0, 0, extra)) for x_BLD in (self.hidden_BLD, *self.levels))
-        return Encoded(hidden_BLD, F.pad(self.real_BL(), (0, extra)), tuple(levels))
+        return Encoded(hidden_BLD, F.pad(self.real_BL(), (0, extra)), tuple(levels), self.frames)
 
     @staticmethod
     def join(first: Encoded, second: Encoded) -> Encoded:
@@ -134,17 +150,31 @@ class VisionLanguageModel(nn.Module, ABC):
     temperature: nn.Parameter
     decoder: TextDecoder | None
 
+    def encode_image(self, pixels: Tensor) -> Encoded:
+        """Normalised pixels (any resolution whose sides are multiples of the patch) to image states.
+
+        ``[B, C, H, W]``; or clips, ``[B, F, C, H, W]``, each frame of which is encoded by itself: their tokens follow
+        one another (mPLUG section 5.3; X-PLUG/mPLUG ``models/model_vqa_mplug_video.py``).
+        """
+        if pixels.dim() == 4:
+            return self.encode_picture(pixels)
+        return self.encode_picture(pixels.flatten(0, 1)).as_clips(pixels.shape[1])
+
     @abstractmethod
-    def encode_image(self, pixels_BCHW: Tensor) -> Encoded:
-        """Normalised pixels (any resolution whose sides are multiples of the patch) to image states."""
+    def encode_picture(self, pixels_BCHW: Tensor) -> Encoded:
+        """What :meth:`encode_image` does with single pictures."""
 
     @abstractmethod
     def encode_text(self, ids_BL: Tensor, mask_BL: Tensor | None = None) -> Encoded:
         """Token ids to text states."""
 
-    @abstractmethod
     def embed_image(self, image: Encoded) -> Tensor:
-        """Unit-length contrastive embeddings ``[B, E]``."""
+        """Unit-length contrastive embeddings ``[B, E]``; of a clip that of the mean over its frames (official)."""
+        return self.embed_picture(image.mean_frame())
+
+    @abstractmethod
+    def embed_picture(self, image: Encoded) -> Tensor:
+        """What :meth:`embed_image` does with single pictures."""
 
     @abstractmethod
     def embed_text(self, text: Encoded) -> Tensor:

@@ -62,7 +62,8 @@ def gather_encoded(encoded: Encoded) -> Encoded:
         dist.all_reduce(length, dist.ReduceOp.MAX)
         encoded = encoded.pad(int(length))
     mask_BL = None if encoded.mask_BL is None else gather_rows(encoded.mask_BL)
-    return Encoded(gather_rows(encoded.hidden_BLD), mask_BL, tuple(gather_rows(level) for level in encoded.levels))
+    levels = tuple(gather_rows(level) for level in encoded.levels)
+    return Encoded(gather_rows(encoded.hidden_BLD), mask_BL, levels, encoded.frames)
 
 
 def mean_over_all(values: Tensor, weight: Tensor | None = None) -> Tensor:

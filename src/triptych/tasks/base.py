@@ -1,6 +1,6 @@
 """What every downstream task has: a loss to fine-tune with, and an evaluation.
 
-Shape legend: B pictures, Q items (questions, statements...), C channels, H height, W width.
+Shape legend: B pictures (or clips, of F frames), Q items (questions, statements...), C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from triptych.data.batches import Movable, Tokens
 from triptych.data.loader import read_once, seeded
-from triptych.data.samples import Record, decode_image
+from triptych.data.pictures import show, stack
+from triptych.data.samples import Record
 from triptych.data.sources import Source
 from triptych.data.tokenizers import Tokenizer
-from triptych.data.transforms import Preprocessing, Transform
+from triptych.data.transforms import FrameChoice, Preprocessing, Transform
 from triptych.models.protocol import Fused, Part, VisionLanguageModel
 
 Item = TypeVar("Item")
@@ -63,13 +64,13 @@ class Task(nn.Module, ABC):
     config: Any
 
     def __init__(
-        self, model: VisionLanguageModel, tokenizer: Tokenizer, preprocessing: Preprocessing, config: Any
+        self, model: VisionLanguageModel, tokenizer: Tokenizer, preprocessing: Preprocessing, config: Any = None
     ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.preprocessing = preprocessing
-        self.config = config
+        self.config = self.config_type() if config is None else config
 
     @classmethod
     def complete(cls, config: Any, records: Iterable[Record]) -> Any:
@@ -128,17 +129,17 @@ class Task(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class Shown(Generic[Item]):
-    """A picture as uint8 pixels, with what is asked of it."""
+    """A picture as uint8 pixels, ``[C, H, W]``, or a clip, ``[F, C, H, W]``, with what is asked of it."""
 
-    pixels_CHW: Tensor
+    pixels: Tensor
     items: tuple[Item, ...]
 
 
 @dataclass(frozen=True)
 class ItemBatch(Movable):
-    """Pictures, and items of them: item q is about picture ``picture_Q[q]``."""
+    """Pictures ``[B, C, H, W]`` or clips ``[B, F, C, H, W]``, and items: item q is about picture ``picture_Q[q]``."""
 
-    pixels_BCHW: Tensor
+    pixels: Tensor
     picture_Q: Tensor
 
     def __len__(self) -> int:
@@ -160,22 +161,23 @@ class ItemPipeline(Generic[Item]):
     transform: Transform
     batch: Callable[[Tensor, Tensor, Sequence[Item]], Any]
     per_picture: int = 1
+    frames: FrameChoice = field(default_factory=FrameChoice)
 
     def prepare(self, record: Record, seed: int) -> Shown[Item]:
         """Decode, transform and draw items."""
         items = list(self.items(record))
         with seeded(seed):
-            pixels_CHW = self.transform(decode_image(record))
+            pixels = show(record, self.transform, self.frames)
             if 0 < self.per_picture < len(items):
                 items = [items[index] for index in torch.randperm(len(items))[: self.per_picture].tolist()]
-        return Shown(pixels_CHW, tuple(items))
+        return Shown(pixels, tuple(items))
 
     def collate(self, examples: list[Shown[Item]]) -> Any:
         """One batch."""
         counts_B = torch.tensor([len(example.items) for example in examples])
         picture_Q = torch.arange(len(examples)).repeat_interleave(counts_B)
         items = [item for example in examples for item in example.items]
-        return self.batch(torch.stack([example.pixels_CHW for example in examples]), picture_Q, items)
+        return self.batch(stack([example.pixels for example in examples]), picture_Q, items)
 
 
 class ItemTask(Task, Generic[Item, Batch]):
@@ -186,7 +188,7 @@ class ItemTask(Task, Generic[Item, Batch]):
         """What reads a record's items; it goes to worker processes, so it holds no model."""
 
     @abstractmethod
-    def batch(self, pixels_BCHW: Tensor, picture_Q: Tensor, items: Sequence[Item], *, max_tokens: int) -> Batch:
+    def batch(self, pixels: Tensor, picture_Q: Tensor, items: Sequence[Item], *, max_tokens: int) -> Batch:
         """One batch on the CPU, with inputs cut to ``max_tokens``."""
 
     @abstractmethod
@@ -199,7 +201,7 @@ class ItemTask(Task, Generic[Item, Batch]):
 
     def training_pipeline(self, transform: Transform, max_words: int, max_tokens: int) -> ItemPipeline[Item]:
         batch = partial(self.batch, max_tokens=max_tokens)
-        return ItemPipeline(self.items(), transform, batch, self.config.per_picture)
+        return ItemPipeline(self.items(), transform, batch, self.config.per_picture, self.preprocessing.frames)
 
     def evaluate(self, source: Source, *, limit: int = 0, blank: bool = False, pictures: int = 32) -> Report:
         """Predict for every item of a data set and score; ``pictures`` are encoded at once."""
@@ -209,14 +211,14 @@ class ItemTask(Task, Generic[Item, Batch]):
         for shown in _first(read_once(source, pipeline.prepare, list, batch_size=pictures), limit):
             batch = pipeline.collate(shown)
             if blank:
-                batch = replace(batch, pixels_BCHW=torch.full_like(batch.pixels_BCHW, 128))
+                batch = replace(batch, pixels=torch.full_like(batch.pixels, 128))
             predictions += self.predict(batch.to(self.device))
             asked += [item for example in shown for item in example.items]
         return self.report(asked, predictions)
 
     def fuse(self, batch: Batch, text: Tokens) -> Fused:
         """The text of each item with its picture, which is encoded once."""
-        image = self.model.encode_image(self.preprocessing.normalize(batch.pixels_BCHW))
+        image = self.model.encode_image(self.preprocessing.normalize(batch.pixels))
         return self.model.fuse(image, self.model.encode_text(text.ids_BL, text.mask_BL), batch.picture_Q)
 
     def answer(self, records: Sequence[Record]) -> list[Any]:
@@ -228,7 +230,8 @@ class ItemTask(Task, Generic[Item, Batch]):
     def _evaluation_pipeline(self) -> ItemPipeline[Item]:
         """All items of a picture, with inputs as long as the model can read."""
         batch = partial(self.batch, max_tokens=self.model.max_text)
-        return ItemPipeline(self.items(), self.preprocessing.test_transform(), batch, 0)
+        transform, frames = self.preprocessing.test_transform(), self.preprocessing.frames
+        return ItemPipeline(self.items(), transform, batch, 0, frames)
 
 
 def mean_credits(judged: Sequence[tuple[str | None, float]], name: str) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 Source: mPLUG section 4; X-PLUG/mPLUG ``caption_mplug.py``, ``models/model_caption_mplug.py``.
 
-Shape legend: B batch, C channels, H height, W width, L tokens, D width, V vocabulary, X real target tokens.
+Shape legend: B batch, F frames, C channels, H height, W width, L tokens, D width, V vocabulary, X real target tokens.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Captioning(Task):
         preprocessing: Preprocessing,
         config: CaptioningConfig | None = None,
     ) -> None:
-        super().__init__(model, tokenizer, preprocessing, config or CaptioningConfig())
+        super().__init__(model, tokenizer, preprocessing, config)
         if model.decoder is None:
             raise ValueError(f"captioning needs a model with a decoder; this {model.model_type} has none")
         self.special = SpecialIds(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
@@ -81,7 +81,14 @@ class Captioning(Task):
 
     def training_pipeline(self, transform: Transform, max_words: int, max_tokens: int) -> Pipeline:
         return ImageTextPipeline(
-            self.tokenizer, transform, max_words, max_tokens, end=True, prompt=self.config.start, clean=False
+            self.tokenizer,
+            transform,
+            max_words,
+            max_tokens,
+            end=True,
+            prompt=self.config.start,
+            clean=False,
+            frames=self.preprocessing.frames,
         )
 
     def evaluate(self, source: Source, *, limit: int = 0, blank: bool = False) -> Report:
@@ -104,30 +111,30 @@ class Captioning(Task):
         )
         return {"caption": mean_over_all(loss_X)}
 
-    def hypotheses(self, pixels_BCHW: Tensor) -> list[list[Hypothesis]]:
+    def hypotheses(self, pixels: Tensor) -> list[list[Hypothesis]]:
         """What the search finds for uint8 pixels, best first."""
         assert self.model.decoder is not None
         with torch.inference_mode():
-            memory = self._memory(self.preprocessing.normalize(pixels_BCHW))
-        start_BL = self._ids(self.config.start, pixels_BCHW)
+            memory = self._memory(self.preprocessing.normalize(pixels))
+        start_BL = self._ids(self.config.start, pixels)
         return generate(self.model.decoder, memory, self.config.search, self.special, prompt_BL=start_BL)
 
-    def caption(self, pixels_BCHW: Tensor) -> list[str]:
+    def caption(self, pixels: Tensor) -> list[str]:
         """One caption for each picture of uint8 pixels, without the prompt."""
-        skip = self._ids(self.config.start, pixels_BCHW).shape[1]
-        return [self.tokenizer.decode(found[0].ids[skip:]) for found in self.hypotheses(pixels_BCHW)]
+        skip = self._ids(self.config.start, pixels).shape[1]
+        return [self.tokenizer.decode(found[0].ids[skip:]) for found in self.hypotheses(pixels)]
 
-    def _memory(self, pixels_BCHW: Tensor) -> Encoded:
-        image = self.model.encode_image(pixels_BCHW)
+    def _memory(self, pixels: Tensor) -> Encoded:
+        image = self.model.encode_image(pixels)
         if self.config.context == "image":
             return image
-        prompt_BL = self._ids(self.config.prompt, pixels_BCHW)
+        prompt_BL = self._ids(self.config.prompt, pixels)
         return self.model.fuse(image, self.model.encode_text(prompt_BL)).states()
 
-    def _ids(self, text: str, pixels_BCHW: Tensor) -> Tensor:
+    def _ids(self, text: str, pixels: Tensor) -> Tensor:
         """``[CLS] text`` for each picture."""
         ids_1L, _ = self.tokenizer.encode_batch([text], max_length=None, end=False)
-        return ids_1L.to(pixels_BCHW.device).expand(len(pixels_BCHW), -1)
+        return ids_1L.to(pixels.device).expand(len(pixels), -1)
 
 
 @dataclass(frozen=True)
@@ -165,9 +172,9 @@ def evaluate_captions(
     device = next(task.parameters()).device
     predictions: dict[str, str] = {}
     references: dict[str, tuple[str, ...]] = {}
-    for records, pixels_BCHW in batches:
-        pixels_BCHW = torch.full_like(pixels_BCHW, 128) if blank else pixels_BCHW
-        captions = task.caption(pixels_BCHW.to(device))
+    for records, pixels in batches:
+        pixels = torch.full_like(pixels, 128) if blank else pixels
+        captions = task.caption(pixels.to(device))
         for record, caption in zip(records, captions, strict=True):
             predictions[record.image_id] = caption
             # A list may have one record a caption: all of them are references of the picture.

@@ -110,7 +110,7 @@ class Entailment(ItemTask[Hypothesis, EntailmentBatch]):
         preprocessing: Preprocessing,
         config: EntailmentConfig | None = None,
     ) -> None:
-        super().__init__(model, tokenizer, preprocessing, config or EntailmentConfig())
+        super().__init__(model, tokenizer, preprocessing, config)
         self.head = ClassifierHead(
             model.pooled_width, len(ENTAILMENT), scale=self.config.head_scale, dropout=self.config.head_dropout
         )
@@ -119,11 +119,11 @@ class Entailment(ItemTask[Hypothesis, EntailmentBatch]):
         return ReadHypotheses(self.tokenizer.special.eos, self.config.premise)
 
     def batch(
-        self, pixels_BCHW: Tensor, picture_Q: Tensor, items: Sequence[Hypothesis], *, max_tokens: int
+        self, pixels: Tensor, picture_Q: Tensor, items: Sequence[Hypothesis], *, max_tokens: int
     ) -> EntailmentBatch:
         tokens = self.tokenizer.encode_batch([item.text for item in items], max_length=max_tokens, end=False)
         labels = [_UNKNOWN if item.label is None else item.label for item in items]
-        return EntailmentBatch(pixels_BCHW, picture_Q, Tokens(*tokens), torch.tensor(labels))
+        return EntailmentBatch(pixels, picture_Q, Tokens(*tokens), torch.tensor(labels))
 
     def forward(self, batch: EntailmentBatch, step: int = 0, part: int = 0) -> dict[str, Tensor]:
         """Mean cross-entropy of the labels."""

@@ -90,16 +90,16 @@ def encode_collection(
     text: list[str] = []
     owners: list[int] = []
     number_of: dict[str, int] = {}
-    for some, pixels_BCHW in batches:
+    for some, pixels in batches:
         # A list may have one record a caption: a picture is encoded once all the same.
         new = [row for row, record in enumerate(some) if _is_new(record.image_id, number_of)]
         for record in some:
             text += [pre_caption(caption, config.max_words) for caption in record.captions]
             owners += [number_of[record.image_id]] * len(record.captions)
-        pixels_BCHW = torch.full_like(pixels_BCHW, 128) if blank else pixels_BCHW
+        pixels = torch.full_like(pixels, 128) if blank else pixels
         if not new:
             continue
-        image = model.encode_image(preprocessing.normalize(pixels_BCHW[new].to(device)))
+        image = model.encode_image(preprocessing.normalize(pixels[new].to(device)))
         image_parts.append(model.embed_image(image).float().cpu())
         images.append(image.to("cpu", kept))
         records.extend(some[row] for row in new)

@@ -179,7 +179,7 @@ class VisualQuestionAnswering(ItemTask[Question, VqaBatch]):
         preprocessing: Preprocessing,
         config: VqaConfig | None = None,
     ) -> None:
-        super().__init__(model, tokenizer, preprocessing, config or VqaConfig())
+        super().__init__(model, tokenizer, preprocessing, config)
         if self.config.answering == "classify":
             self.head = ClassifierHead(
                 model.pooled_width,
@@ -206,12 +206,12 @@ class VisualQuestionAnswering(ItemTask[Question, VqaBatch]):
     def items(self) -> Callable[[Record], Sequence[Question]]:
         return ReadQuestions(self.tokenizer.special.eos, self.config.ocr, self.config.objects)
 
-    def batch(self, pixels_BCHW: Tensor, picture_Q: Tensor, items: Sequence[Question], *, max_tokens: int) -> VqaBatch:
+    def batch(self, pixels: Tensor, picture_Q: Tensor, items: Sequence[Question], *, max_tokens: int) -> VqaBatch:
         question = self.tokenizer.encode_batch([item.text for item in items], max_length=max_tokens, end=False)
         weights = [(row, answer, weight) for row, item in enumerate(items) for answer, weight in _merged(item).items()]
         rows, texts, values = zip(*weights, strict=True) if weights else ((), (), ())
         return VqaBatch(
-            pixels_BCHW,
+            pixels,
             picture_Q,
             Tokens(*question),
             Tokens(*self.tokenizer.encode_batch(texts, max_length=None, end=True)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from triptych.checkpoints.folder import load, save_folder
+from triptych.checkpoints.configs import from_json
+from triptych.checkpoints.folder import Loaded, load, save_folder
 from triptych.checkpoints.parts import initialise
 from triptych.data.loader import Loader
 from triptych.data.pictures import read_pictures
@@ -121,8 +123,10 @@ def run_recipe(recipe: Recipe, folder: Path, process: Process | None = None) -> 
     source = recipe.data.source()
     if recipe.data.evaluate:
         recipe.data.evaluation_source()  # a wrong location should show now, not after the training
-    model, tokenizer = _build_model(recipe, source, folder, process)
-    task = _build_task(recipe, model, tokenizer, source)
+    model, tokenizer, start = _build_model(recipe, source, folder, process)
+    task = _build_task(recipe, model, tokenizer, source, folder, process)
+    if isinstance(task, Task) and start is not None:
+        _go_on_with_head(task, start)
     pipeline = _pipeline(recipe, task, tokenizer)
     loader: Loader[Any, Any] = Loader(
         source,
@@ -209,7 +213,8 @@ def task_description(recipe: Recipe, task: nn.Module) -> dict[str, Any]:
 
 def _build_model(
     recipe: Recipe, source: Source, folder: Path, process: Process
-) -> tuple[VisionLanguageModel, Tokenizer]:
+) -> tuple[VisionLanguageModel, Tokenizer, Loaded | None]:
+    """The model, its tokenizer, and the whole checkpoint it starts from, if it is one."""
     torch.manual_seed(recipe.train.seed)
     size = recipe.data.preprocessing.image_size
     if len(recipe.start) == 1 and (loaded := load(recipe.start[0])).model_type == MPlug.model_type:
@@ -217,7 +222,7 @@ def _build_model(
             raise ValueError(f"{recipe.start[0]} has no tokenizer.json: convert it again with --vocab")
         assert isinstance(loaded.model, MPlug)
         loaded.model.resize_images(size)
-        return loaded.model, loaded.tokenizer
+        return loaded.model, loaded.tokenizer, loaded
     tokenizer = _tokenizer(recipe, source, folder, process)
     config = replace(
         recipe.model,
@@ -227,7 +232,7 @@ def _build_model(
     model = MPlug(config)
     if recipe.start:
         initialise(model, *recipe.start)
-    return model, tokenizer
+    return model, tokenizer, None
 
 
 def _tokenizer(recipe: Recipe, source: Source, folder: Path, process: Process) -> Tokenizer:
@@ -257,7 +262,14 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer.load(path) if str(path).endswith(".json") else wordpiece_from_vocab(path)
 
 
-def _build_task(recipe: Recipe, model: VisionLanguageModel, tokenizer: Tokenizer, source: Source) -> nn.Module:
+def _build_task(
+    recipe: Recipe,
+    model: VisionLanguageModel,
+    tokenizer: Tokenizer,
+    source: Source,
+    folder: Path,
+    process: Process,
+) -> nn.Module:
     pixels, objective, seed = recipe.data.preprocessing, recipe.objective, recipe.train.seed
     if isinstance(objective, PretrainingConfig):
         ids = TextIds(tokenizer.pad_id, tokenizer.mask_id, tokenizer.special_ids, tokenizer.vocab_size)
@@ -265,9 +277,31 @@ def _build_task(recipe: Recipe, model: VisionLanguageModel, tokenizer: Tokenizer
     if isinstance(objective, AlignmentConfig):
         return Alignment(model, objective, mean=pixels.mean, std=pixels.std, seed=seed)
     kind = task_for(objective)
-    task = kind(model, tokenizer, pixels, kind.complete(objective, source))
+    task = kind(model, tokenizer, pixels, _completed(objective, kind, source, folder, process))
     model.train_only(*task.uses)  # not by the task itself, which also evaluates models that are being trained
     return task
+
+
+def _completed(objective: Any, kind: type[Task], source: Source, folder: Path, process: Process) -> Any:
+    """The task's settings with what the training data say, which is found out once in the life of a run."""
+    path = folder / "task.json"
+    begun = path.exists() and newest_checkpoint(folder / "checkpoints") is not None
+    if not begun and process.leads:
+        path.with_suffix(".tmp").write_text(json.dumps(asdict(kind.complete(objective, source))) + "\n")
+        path.with_suffix(".tmp").replace(path)
+    if process.world > 1:
+        torch.distributed.barrier()
+    return from_json(kind.config_type, json.loads(path.read_text()), str(path))
+
+
+def _go_on_with_head(task: Task, start: Loaded) -> None:
+    """Take over the head of a checkpoint that was trained for the same task, if it has the same shape."""
+    if task.name not in (start.task or {}) or not start.task_state:
+        return
+    try:
+        task.load_own_state(dict(start.task_state))
+    except ValueError as error:
+        sys.stderr.write(f"a new head: {error}\n")
 
 
 def _pipeline(recipe: Recipe, task: nn.Module, tokenizer: Tokenizer) -> Pipeline:
@@ -277,7 +311,7 @@ def _pipeline(recipe: Recipe, task: nn.Module, tokenizer: Tokenizer) -> Pipeline
         return task.training_pipeline(transform, data.max_words, data.max_tokens)
     if isinstance(task, Pretraining):
         return PretrainingPipeline(tokenizer, transform, data.max_words, data.max_tokens, split=split_prefix)
-    return ImageTextPipeline(tokenizer, transform, data.max_words, data.max_tokens)
+    return ImageTextPipeline(tokenizer, transform, data.max_words, data.max_tokens, frames=data.preprocessing.frames)
 
 
 def evaluate_model(
