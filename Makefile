@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-tasks test lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m triptych.demo --folder demo
+
+# The demo, and then every downstream task on its models; clips need PyAV.
+demo-tasks: $(VENV)/.installed-video
+	$(BIN)/python -m triptych.demo --folder demo --tasks all
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
@@ -23,6 +27,10 @@ $(VENV)/bin/python:
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
+
+$(VENV)/.installed-video: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[video]'
+	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'

@@ -60,14 +60,14 @@ class Side:
             for _ in range(2, self.tokens + 1):
                 decoder.step(beams_R[:, None], state)
 
-        with torch.inference_mode():
+        with torch.no_grad():
             return count_flops(cached if self.cached else uncached)
 
     def bytes_read(self) -> int:
         """Of all cached steps: the weights that a step uses, and the memory's keys and values."""
         unused = ("position", "cross_attention.key_value")
         weights = (p for name, p in self.decoder.named_parameters() if not any(part in name for part in unused))
-        with torch.inference_mode():
+        with torch.no_grad():
             state = self.decoder.start(self.memory, self.tokens)
         kept = (x for memory in state.memory for x in (memory.keys_BHMK, memory.values_BHMK))
         return self.tokens * sum(x.nbytes for x in (*weights, *kept))
@@ -80,7 +80,7 @@ def main() -> None:
     model = MPlug(SIZES[size]).eval()
     image_size = model.config.vision.image_size
     pixels_BCHW = torch.randn(BATCH, 3, image_size, image_size)
-    with torch.inference_mode():
+    with torch.no_grad():
         memory = model.encode_image(pixels_BCHW)
     half = copy.deepcopy(model.decoder).bfloat16()
     sides = {

@@ -33,7 +33,7 @@ def measure(model: MPlug, dtype: torch.dtype, how: Options) -> list[dict[str, An
     ids_BL = torch.randint(1, model.config.text.vocab_size, (BATCH, TOKENS))
     mask_BL = torch.ones_like(ids_BL, dtype=torch.bool)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(model: MPlug) -> None:
         model.fuse(model.encode_image(pixels_BCHW), model.encode_text(ids_BL, mask_BL))
 

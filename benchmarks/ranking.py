@@ -46,12 +46,12 @@ def main() -> None:
     answers = make_answers(count, vocabulary)
     answers = Tokens(answers.ids_BL % vocabulary, answers.mask_BL)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def rank(candidates: int) -> Tensor:
         fused = model.fuse(model.encode_image(pixels_BCHW), model.encode_text(ids_BL))
         return rank_texts(model.decoder, fused.states(), answers, candidates=candidates)[0]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def from_scratch() -> Tensor:
         fused = model.fuse(model.encode_image(pixels_BCHW), model.encode_text(ids_BL))
         chosen_BL = answers.ids_BL[torch.randint(count, (questions,))]

@@ -1,4 +1,4 @@
-"""The installed command: ``triptych pretrain | finetune | evaluate | score | predict | convert | verify | data``.
+"""The installed command, ``triptych``: see :data:`COMMANDS`.
 
 Results that a program may want go to stdout as JSON; everything else goes to stderr.
 """
@@ -18,6 +18,20 @@ from tyro.conf import OmitSubcommandPrefixes, Positional, arg
 
 if TYPE_CHECKING:
     from triptych.training.runs import Recipe
+
+TaskName = Literal[
+    "caption",
+    "retrieval",
+    "vqa",
+    "grounding",
+    "nlvr2",
+    "entailment",
+    "image_classification",
+    "text_classification",
+]
+
+ComparedTask = Literal["caption", "vqa", "grounding", "nlvr2", "entailment", "image_classification"]
+"""Those that look at pictures and score each by itself."""
 
 # Imports of torch stand inside the commands: `--help` and `score` should not wait for it.
 
@@ -101,7 +115,7 @@ def pretrain(recipe: Positional[str], options: OmitSubcommandPrefixes[TrainingOp
 
 
 def finetune(
-    task: Positional[Literal["caption", "retrieval", "vqa", "entailment"]],
+    task: Positional[TaskName],
     recipe: Positional[str],
     options: OmitSubcommandPrefixes[TrainingOptions],
 ) -> None:
@@ -109,8 +123,7 @@ def finetune(
 
     Args:
         task: what to train for.
-        recipe: shapes_tiny; for caption and retrieval also coco_base, coco_large, flickr8k; for vqa also vqa_v2_base,
-            vqa_v2_large; for entailment also snli_ve_base, snli_ve_large.
+        recipe: one of the task's; a name that there is not lists them (docs/recipes.md).
         options: changes to the recipe.
     """
     from triptych import recipes
@@ -137,7 +150,7 @@ def _train(recipe: Recipe, folder: Path) -> None:
 
 
 def evaluate(
-    task: Positional[Literal["caption", "retrieval", "vqa", "entailment"]],
+    task: Positional[TaskName],
     checkpoint: Path,
     data: tuple[str, ...],
     image_root: str | None = None,
@@ -148,6 +161,7 @@ def evaluate(
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     compile: bool = False,
     candidates: int | None = None,
+    fold: int = 0,
     answers: Path | None = None,
     frames: int | None = None,
     frame_rule: Literal["uniform", "official"] | None = None,
@@ -162,11 +176,13 @@ def evaluate(
         splits: of a file whose records name theirs.
         limit: only so many pictures.
         blank: show a grey picture instead of each, to see how much the pictures matter.
-        predictions: write captions or answers here, as COCO's and VQA's servers want them.
+        predictions: write what was predicted here, as the task's owners want it: JSON; for nlvr2 .csv and for GLUE
+            .tsv if the name ends so.
         precision: arithmetic.
         compile: compile the encoders first (about a minute), for thousands of pictures.
         candidates: of retrieval: so many of the best by embeddings are re-ranked by matching, with 0 none; by default
             as the checkpoint says.
+        fold: of retrieval: recalls are means over parts of so many pictures, as COCO's "1k" (1000).
         answers: of vqa: a JSON list of answers to choose among, or an object whose keys they are.
         frames: of videos: so many are looked at; by default as the checkpoint says (8).
         frame_rule: which: uniform over the whole video, or as mPLUG's code, which can miss the end.
@@ -182,11 +198,61 @@ def evaluate(
         frame_rule=frame_rule,
         answers=() if answers is None else _read_texts(answers),
     )
-    report = predictor.evaluate(task, data, image_root, splits, limit=limit, blank=blank)
+    report = predictor.evaluate(task, data, image_root, splits, limit=limit, blank=blank, fold=fold)
     if predictions is not None and report.predictions:
-        predictions.write_text(json.dumps(report.predictions, indent=1) + "\n")
+        _write_predictions(task, report.predictions, predictions)
         _say(f"wrote {len(report.predictions)} predictions to {predictions}")
     _print_json(report.scores)
+
+
+def compare(
+    task: Positional[ComparedTask],
+    checkpoint: Path,
+    data: tuple[str, ...],
+    training_data: tuple[str, ...] = (),
+    image_root: str | None = None,
+    splits: tuple[str, ...] | None = None,
+    training_splits: tuple[str, ...] | None = None,
+    limit: int = 0,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+) -> None:
+    """What the pictures are worth: a checkpoint beside itself shown grey ones, with a paired test.
+
+    Args:
+        task: what to evaluate.
+        checkpoint: a checkpoint folder.
+        data: to evaluate on, as for training.
+        training_data: beside the commonest answer of these, too.
+        image_root: what the image paths of JSON lists are relative to.
+        splits: of a file whose records name theirs, to evaluate on.
+        training_splits: the same of the training data.
+        limit: only so many pictures.
+        precision: arithmetic.
+    """
+    from triptych.data.sources import open_source
+    from triptych.predict import Predictor
+    from triptych.tasks.comparison import compare as run
+    from triptych.training.parallel import autocast
+
+    predictor = Predictor.load(checkpoint, precision=precision)
+    source = open_source(data, image_root=image_root, splits=splits)
+    training = open_source(training_data, image_root=image_root, splits=training_splits) if training_data else None
+    with autocast(predictor.device, predictor.precision):
+        _print_json(run(predictor.task(task), source, training, limit=limit).to_dict())
+
+
+def _write_predictions(task: str, found: list[dict[str, Any]], path: Path) -> None:
+    """In the form of the task's owners."""
+    if task == "nlvr2" and path.suffix == ".csv":
+        from triptych.metrics.nlvr2 import write_nlvr2_predictions
+
+        write_nlvr2_predictions(path, found)
+    elif task == "text_classification" and path.suffix == ".tsv":
+        from triptych.data.glue import write_submission
+
+        write_submission(found, path)
+    else:
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def score_captions(references: Path, predictions: Path, allow_missing: bool = False, java: bool = False) -> None:
@@ -237,42 +303,67 @@ def score_vqa(
     _print_json(score_vqa(expected, found, rules, by=by, allow_missing=allow_missing))
 
 
-def score(command: Positional[Literal["captions", "vqa"]]) -> None:
-    """Score predictions that any program wrote: `triptych score captions --help`, `triptych score vqa --help`."""
+def score_nlvr2(data: Path, predictions: Path) -> None:
+    """Score judgements that any program wrote: NLVR2's accuracy and consistency in percent, as its owners' script.
+
+    Args:
+        data: the official JSON lines.
+        predictions: lines "identifier,True" or "identifier,False".
+    """
+    from triptych.metrics.nlvr2 import read_nlvr2_labels, read_nlvr2_predictions
+    from triptych.metrics.nlvr2 import score_nlvr2 as run
+
+    _print_json(run(read_nlvr2_labels(data), read_nlvr2_predictions(predictions)))
+
+
+def score(command: Positional[Literal["captions", "vqa", "nlvr2"]]) -> None:
+    """Score predictions that any program wrote: `triptych score captions --help`, `triptych score vqa --help`..."""
     raise AssertionError(f"{command} is handled by main")
 
 
 def predict(
-    task: Positional[Literal["caption", "vqa"]],
-    images: Positional[tuple[Path, ...]],
+    task: Positional[TaskName],
+    files: Positional[tuple[Path, ...]] = (),
     checkpoint: Path = Path("demo/captioning/model"),
-    question: tuple[str, ...] = (),
+    text: tuple[str, ...] = (),
+    save: Path | None = None,
     beams: int | None = None,
     frames: int | None = None,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
 ) -> None:
-    """Use a checkpoint on pictures and videos: one JSON object each on stdout.
+    """Use a checkpoint on pictures and videos: one JSON object an answer on stdout.
 
     Args:
-        task: what to do.
-        images: picture or video files.
+        task: what to do; retrieval orders the files for each text, nlvr2 judges a statement about one or two pictures.
+        files: picture or video files.
         checkpoint: a checkpoint folder; by default the one that ``make demo`` leaves.
-        question: of vqa: one or more questions, asked about each picture or video.
+        text: questions (vqa), phrases (grounding), hypotheses (entailment), statements (nlvr2), or descriptions
+            (retrieval), each about every file; or texts to classify.
+        save: of grounding: a folder for copies of the pictures with the boxes drawn on them.
         beams: width of the search for captions; by default the checkpoint's.
         frames: of videos: so many are looked at.
         precision: arithmetic.
     """
+    from triptych.ask import ask
     from triptych.predict import Predictor
 
-    if (task == "vqa") != bool(question):
-        raise ValueError("--question is needed for vqa, and for nothing else")
+    if save is not None and task != "grounding":
+        raise ValueError("--save is for grounding")
     predictor = Predictor.load(checkpoint, precision=precision, beams=beams, frames=frames)
-    if task == "vqa":
-        for path, asked, answer in predictor.answer_files(images, question):
-            _print_json({"image": str(path), "question": asked, "answer": answer})
-        return
-    for path, caption in predictor.caption_files(images):
-        _print_json({"image": str(path), "caption": caption})
+    for number, answer in enumerate(ask(predictor, task, files, text)):
+        if save is not None:
+            answer["saved"] = str(_save_box(save, number, answer))
+        _print_json(answer)
+
+
+def _save_box(folder: Path, number: int, answer: Mapping[str, Any]) -> Path:
+    from triptych.data.samples import load_image
+    from triptych.drawing import draw_box
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{Path(answer['image']).stem}-{number}.png"
+    draw_box(load_image(answer["image"], answer["image"]), answer["box_xyxy"], answer["phrase"]).save(path)
+    return path
 
 
 def convert(
@@ -355,9 +446,10 @@ def data_shapes(
     size: int = 64,
     max_objects: int = 3,
     format: Literal["png", "jpg"] = "png",
+    clips: int = 0,
     seed: int = 0,
 ) -> None:
-    """Write the built-in world as tar shards: train, test and held-out compositions, and two-picture statements.
+    """Write the built-in world as tar shards: train, test and held-out compositions, two-picture statements, and clips.
 
     Args:
         folder: where to write.
@@ -367,9 +459,11 @@ def data_shapes(
         size: pixels of a side.
         max_objects: objects in a scene, 1 to this many.
         format: of the pictures.
+        clips: short videos of each split, with captions and questions; they need the extra "video".
         seed: of the world.
     """
     from triptych.data.shapes import ShapesConfig, Split, write_shards, write_statements
+    from triptych.data.shapes_clips import write_clips
 
     config = ShapesConfig(max_objects=max_objects)
     counts = {Split.TRAIN: train, Split.TEST: test, Split.COMPOSITIONS: compositions}
@@ -379,8 +473,13 @@ def data_shapes(
             shards = write_shards(
                 folder, split, count, size=size, seed=seed, image_format=format, config=config, show_progress=True
             )
-            statements = write_statements(folder, split, count // 2, seed=seed, config=config)
-            written[str(split)] = [str(path) for path in (*shards, statements)]
+            written[str(split)] = [str(path) for path in shards]
+        if count > 1:
+            statements = write_statements(folder, split, count // 2, seed=seed, image_format=format, config=config)
+            written[str(split)].append(str(statements))
+        if count and clips:
+            files = write_clips(folder, split, clips, size=size, seed=seed, config=config, show_progress=True)
+            written[str(split)] += map(str, files)
     _print_json(written)
 
 
@@ -436,12 +535,9 @@ def data_arrow(
 
 def _read_texts(path: Path) -> list[str]:
     """A JSON list of texts, or the keys of a JSON object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    from triptych.metrics.files import read_json
+
+    values = read_json(path)
     values = list(values) if isinstance(values, dict) else values
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ValueError(f"{path} must be a JSON list of texts, or an object whose keys they are")
@@ -457,6 +553,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "pretrain": pretrain,
     "finetune": finetune,
     "evaluate": evaluate,
+    "compare": compare,
     "score": score,
     "predict": predict,
     "convert": convert,
@@ -465,7 +562,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
 }
 GROUPS: Mapping[str, Mapping[str, Callable[..., None]]] = {
     "data": {"shapes": data_shapes, "check": data_check, "arrow": data_arrow},
-    "score": {"captions": score_captions, "vqa": score_vqa},
+    "score": {"captions": score_captions, "vqa": score_vqa, "nlvr2": score_nlvr2},
 }
 """Commands that are followed by the name of another."""
 

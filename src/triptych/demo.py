@@ -9,6 +9,9 @@ Everything is kept in one folder, and the same command goes on where it was inte
     results.json  all numbers
     report.html   the report
 
+With ``--tasks all`` every downstream task follows, from these models: a folder for each training, ``tasks.json`` and
+``tasks.html``.
+
 This file is the command alone; the steps are in ``triptych.shapes_demo``.
 """
 
@@ -19,6 +22,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from triptych.shapes_demo import DemoConfig
 
 # Imports of torch stand inside: `--help` should not wait for it, and Ctrl-C meanwhile should not show a traceback.
 
@@ -33,17 +40,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything is kept (default: demo)")
     parser.add_argument("--quick", action="store_true", help="a smoke test of about a minute that teaches nothing")
+    parser.add_argument(
+        "--tasks",
+        choices=("captions", "all"),
+        default="captions",
+        help="all: questions, phrases, statements, entailment, self-critical captions and clips too (20 minutes)",
+    )
     given = parser.parse_args(arguments)
     if given.quick:
         _say("a smoke test: everything runs once, but so few steps teach the model nothing")
     try:
-        return _run(given.folder, given.quick, shlex.join(["python", "-m", "triptych.demo", *arguments]))
+        command = shlex.join(["python", "-m", "triptych.demo", *arguments])
+        return _run(given.folder, given.quick, given.tasks == "all", command)
     except KeyboardInterrupt:
         _say("\nstopped; the same command goes on from here")
         return 130
 
 
-def _run(folder: Path, quick: bool, command: str) -> int:
+def _run(folder: Path, quick: bool, tasks: bool, command: str) -> int:
     from triptych import shapes_demo
     from triptych.training.loop import TrainingStopped
 
@@ -59,9 +73,25 @@ def _run(folder: Path, quick: bool, command: str) -> int:
     _say(f"\nthe report: {folder / 'report.html'}\nthe numbers: {folder / 'results.json'}")
     for what, line in shapes_demo.next_steps(folder):
         _say(f"\n{what}\n  {line}")
+    if tasks and not _run_tasks(folder, config):
+        return 130
     if quick:
         _say("\nthis was a smoke test; without --quick the demo trains a model that can do something")
     return 0
+
+
+def _run_tasks(folder: Path, config: DemoConfig) -> bool:
+    """The second part; False if a signal stopped it."""
+    from triptych.shapes_tasks import run_tasks
+
+    try:
+        finished = run_tasks(folder, config)
+    except (ValueError, OSError, ImportError) as error:
+        _say(f"demo: {error}")
+        return False
+    if finished:
+        _say(f"\nthe tasks: {folder / 'tasks.html'}\ntheir numbers: {folder / 'tasks.json'}")
+    return finished
 
 
 def _say(text: str) -> None:

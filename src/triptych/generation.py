@@ -139,7 +139,7 @@ class _Uncached:
         self._memory = self._memory.rows(examples_B)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     decoder: TextDecoder,
     memory: Encoded,
@@ -183,7 +183,7 @@ def generate(
 RankRule = Literal["chain", "official"]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def rank_texts(
     decoder: TextDecoder,
     memory: Encoded,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,19 +13,17 @@ import torch
 from triptych.checkpoints.configs import from_json
 from triptych.checkpoints.folder import load
 from triptych.checkpoints.reading import Tensors
-from triptych.data.official_video import VIDEO_SUFFIXES
-from triptych.data.pictures import read_pictures, show, stack
-from triptych.data.samples import Record
-from triptych.data.sources import open_source
+from triptych.data.pictures import alike, file_record, read_pictures, show, stack
+from triptych.data.sources import Source, open_source
 from triptych.data.tokenizers import Tokenizer
 from triptych.data.transforms import FrameChoice, FrameRule, Preprocessing
 from triptych.generation import BeamSearch
 from triptych.models.protocol import VisionLanguageModel
-from triptych.tasks.base import Report, Task
+from triptych.progress import counted, progress
+from triptych.tasks.base import Report, Task, at_most
 from triptych.tasks.captioning import Captioning, CaptioningConfig
 from triptych.tasks.registry import TASKS
-from triptych.tasks.retrieval import RetrievalConfig, encode_collection, evaluate_retrieval
-from triptych.tasks.vqa import VisualQuestionAnswering
+from triptych.tasks.retrieval import RetrievalConfig, encode_collection, evaluate_retrieval, pairs_to_match
 from triptych.training.parallel import Precision, autocast, compile_inference
 
 _BATCH = 32
@@ -91,7 +89,8 @@ class Predictor:
         if answers:
             task["vqa"] = {**task.get("vqa", {}), "answering": "rank", "answers": list(answers)}
         preprocessing = loaded.preprocessing
-        seen = FrameChoice(frames or preprocessing.frames.count, frame_rule or preprocessing.frames.rule)
+        count = preprocessing.frames.count if frames is None else frames
+        seen = FrameChoice(count, frame_rule or preprocessing.frames.rule)
         loaded.model.eval()
         if compile:
             compile_inference(loaded.model)
@@ -115,22 +114,11 @@ class Predictor:
         """Captions of picture and video files, a batch at a time."""
         task = self.captioner()
         transform, frames = self.preprocessing.test_transform(), self.preprocessing.frames
-        for some in _groups(paths):
-            pixels = stack([show(_file(path), transform, frames) for path in some]).to(self.device)
+        for some in alike(paths, at_once=_BATCH):
+            pixels = stack([show(file_record(path), transform, frames) for path in some]).to(self.device)
             with autocast(self.device, self.precision):
                 captions = task.caption(pixels)
             yield from zip(some, captions, strict=True)
-
-    def answer_files(self, paths: Iterable[Path], questions: Sequence[str]) -> Iterator[tuple[Path, str, str]]:
-        """(path, question, answer): all questions about each picture or video, a batch at a time."""
-        task = self.task(VisualQuestionAnswering.name)
-        assert isinstance(task, VisualQuestionAnswering)
-        asked = {"questions": [{"question": question} for question in questions]}
-        for some in _groups(paths):
-            records = [_file(path, asked) for path in some]
-            with autocast(self.device, self.precision):
-                answers = iter(task.answer(records))
-            yield from ((path, question, next(answers)) for path in some for question in questions)
 
     def evaluate(
         self,
@@ -141,6 +129,7 @@ class Predictor:
         *,
         limit: int = 0,
         blank: bool = False,
+        fold: int = 0,
     ) -> Report:
         """Scores and predictions of a task on a data set.
 
@@ -148,6 +137,7 @@ class Predictor:
             task: ``retrieval``, or a name of :data:`triptych.tasks.registry.TASKS`.
             limit: so many pictures; 0 for all.
             blank: show grey pictures instead.
+            fold: of retrieval: recalls are means over parts of so many pictures (COCO's "1k": 1000); 0 for the whole.
 
         Raises:
             ValueError: the checkpoint was not trained for this task.
@@ -156,11 +146,28 @@ class Predictor:
         with autocast(self.device, self.precision):
             if task != "retrieval":
                 return self.task(task).evaluate(source, limit=limit, blank=blank)
-            pictures = read_pictures(source, self.preprocessing, _BATCH, limit)
+            return self._retrieve(source, limit, blank, fold)
+
+    def _retrieve(self, source: Source, limit: int, blank: bool, fold: int) -> Report:
+        """Recalls of the whole data set, or their means over folds."""
+        batch = _BATCH if fold == 0 else max(size for size in range(1, _BATCH + 1) if fold % size == 0)
+        pictures = counted(
+            read_pictures(source, self.preprocessing, batch, limit),
+            "encoding images",
+            at_most(source.size, limit),
+            lambda batch: len(batch[0]),
+        )
+        found: list[dict[str, float]] = []
+        while first := next(pictures, None):
+            part = chain([first], pictures if fold == 0 else islice(pictures, fold // batch - 1))
             collection = encode_collection(
-                self.model, self.tokenizer, self.preprocessing, pictures, self.retrieval, blank=blank
+                self.model, self.tokenizer, self.preprocessing, part, self.retrieval, blank=blank
             )
-            return Report(evaluate_retrieval(self.model, collection, self.retrieval).scores)
+            with progress("matching", pairs_to_match(collection, self.retrieval), unit="pairs") as advance:
+                found.append(evaluate_retrieval(self.model, collection, self.retrieval, advance).scores)
+        if not found:
+            raise ValueError("retrieval needs at least one picture with a caption")
+        return Report({name: sum(scores[name] for scores in found) / len(found) for name in found[0]})
 
     def task(self, name: str) -> Task:
         """The model set up for a task as its checkpoint says, with the task's own head.
@@ -182,21 +189,3 @@ class Predictor:
     def captioner(self) -> Captioning:
         """The model as a captioner of pixels, set up as the checkpoint says."""
         return Captioning(self.model, self.tokenizer, self.preprocessing, self.captioning).eval()
-
-
-def _file(path: Path, extra: Mapping[str, Any] | None = None) -> Record:
-    """A record of a picture file, or of a video."""
-    if _is_video(path):
-        return Record(str(path), None, (), str(path), {**(extra or {}), "video": str(path)})
-    return Record(str(path), str(path), (), str(path), extra or {})
-
-
-def _is_video(path: Path) -> bool:
-    return path.suffix.lower() in VIDEO_SUFFIXES
-
-
-def _groups(paths: Iterable[Path], size: int = _BATCH) -> Iterator[tuple[Path, ...]]:
-    """The paths in their order, so many at once, pictures and videos apart."""
-    for _, alike in groupby(paths, _is_video):
-        while some := tuple(islice(alike, size)):
-            yield some

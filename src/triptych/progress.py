@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
+
+Batch = TypeVar("Batch")
 
 
 class Advance(Protocol):
@@ -30,10 +32,11 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(label: str, total: int, *, unit: str = "images", shown: bool = True) -> Iterator[Advance]:
+def progress(label: str, total: int | None, *, unit: str = "images", shown: bool = True) -> Iterator[Advance]:
     """Show how far work has come, its rate and the remaining time.
 
-    The block gets a function to call for each unit done, or for several at once.
+    The block gets a function to call for each unit done, or for several at once. Without a ``total`` there is no
+    remaining time.
     """
     if not shown:
         yield lambda count=1, /: None
@@ -42,3 +45,13 @@ def progress(label: str, total: int, *, unit: str = "images", shown: bool = True
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=total)
         yield lambda count=1, /: bar.advance(task, count)
+
+
+def counted(
+    batches: Iterable[Batch], label: str, total: int | None, size: Callable[[Batch], int], *, unit: str = "images"
+) -> Iterator[Batch]:
+    """The batches as they are, with :func:`progress` of how many units they hold."""
+    with progress(label, total, unit=unit) as advance:
+        for batch in batches:
+            yield batch
+            advance(size(batch))

@@ -293,6 +293,29 @@ def test_expressions_of_a_record():
     assert [expression.text for expression in record_expressions(several)] == ["a", "b"]
 
 
+def test_phrases_may_have_no_box():
+    assert record_expressions(record(phrase="the dog")) == [Expression("the dog", None)]
+    mixed = record(phrases=[{"text": "a"}, {"text": "b", "box_xyxy": [0, 0, 2, 2]}, {"text": "c", "box_xyxy": None}])
+    assert [expression.box_xyxy for expression in record_expressions(mixed)] == [None, (0, 0, 2, 2), None]
+
+
+def test_names_of_phrases():
+    one = record(phrase="the dog", box_xyxy=[1, 2, 3.5, 4], ref_id="a", sent_id=7, split="val")
+    assert record_expressions(one)[0].names == {"ref_id": "a", "sent_id": 7}
+    several = record(phrases=[{"text": "a", "identifier": "x"}, {"text": "b"}], sent_id=1)
+    assert [expression.names for expression in record_expressions(several)] == [{"identifier": "x"}, {}]
+
+
+def test_pictures_without_phrases_are_put_on_the_canvas():
+    """What evaluation does for phrases whose boxes are not known."""
+    image = noise(200, 101)
+    alone = EvaluationTransform(Preprocessing(100))(image, torch.empty(0, 4), [])
+    boxed = EvaluationTransform(Preprocessing(100))(image, torch.tensor([[20, 10, 60, 60]]), ["dog"])
+    assert alone.boxes_N4.shape == (0, 4)
+    assert alone.extent == boxed.extent
+    assert torch.equal(alone.pixels_CHW, boxed.pixels_CHW)
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -300,7 +323,7 @@ def test_expressions_of_a_record():
         ({"phrases": []}, "no phrases"),
         ({"phrases": ["dog"]}, "must have 'text' and 'box_xyxy', got 'dog'"),
         ({"phrase": " ", "box_xyxy": [0, 0, 1, 1]}, "must be a text"),
-        ({"phrase": "dog"}, "box of 'dog' must be four numbers, got 'None'"),
+        ({"phrase": "dog", "box_xyxy": "none"}, "box of 'dog' must be four numbers, got 'none'"),
         ({"phrase": "dog", "box_xyxy": [0, 0, 1]}, "four numbers"),
         ({"phrase": "dog", "box_xyxy": [0, 0, 1, "1"]}, "four numbers"),
         ({"phrase": "dog", "box_xyxy": [0, 0, 0, 1]}, r"no area: \[0, 0, 0, 1\]"),

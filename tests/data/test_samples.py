@@ -129,6 +129,36 @@ def test_reads_paths_urls_and_tar_members(tmp_path):
         load_image("nonsense://a.png", "key")
 
 
+def test_a_tar_is_searched_once_however_many_there_are(tmp_path, monkeypatch):
+    searched = []
+
+    def search(tar, read=samples.read_index):
+        searched.append(tar)
+        return read(tar)
+
+    tars = [f"{tmp_path}/{number}.tar" for number in range(40)]
+    for number, tar in enumerate(tars):
+        with tarfile.open(tar, "w") as archive:
+            for name in "ab":
+                member = tarfile.TarInfo(name)
+                member.size = 1
+                archive.addfile(member, BytesIO(bytes([number])))
+    monkeypatch.setattr(samples, "read_index", search)
+    monkeypatch.setattr(samples, "_indices", {})
+    for tar in tars * 2:
+        assert read_bytes(f"{tar}:b") == bytes([tars.index(tar)])
+    assert searched == tars
+    monkeypatch.setattr(samples, "_INDEXED", 6)
+    read_bytes(f"{tars[0]}:a")  # nothing new, so nothing is forgotten
+    assert len(samples._indices) == 40
+    samples._indices.pop(tars[0])
+    read_bytes(f"{tars[0]}:a")
+    assert list(samples._indices) == [tars[38], tars[39], tars[0]]
+    monkeypatch.setattr(samples, "_INDEXED", 1)  # less than one tar holds
+    read_bytes(f"{tars[1]}:a")
+    assert list(samples._indices) == [tars[1]]
+
+
 @pytest.mark.parametrize(
     ("text", "cleaned"),
     [

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from triptych.data import shapes
+from triptych.data import shapes, shapes_clips
 from triptych.data.shapes import Object, Scene, ShapesConfig, Split
 from triptych.data.shapes_render import render_background
 
@@ -534,9 +534,15 @@ def test_all_text_is_in_the_vocabulary(many: list[Scene]) -> None:
     used: set[str] = set()
     for scene, other in itertools.pairwise(many):
         rng = rng_of(scene)
-        video = shapes.clip(scene, 2, rng, 32)
+        video = shapes_clips.clip(scene, 2, rng, 32)
         asked = [*shapes.questions(scene, rng), *video.questions]
-        texts = [*shapes.captions(scene), *video.captions, *(q.text for q in asked), *(q.answer for q in asked)]
+        texts = [
+            *shapes.captions(scene),
+            *video.captions,
+            *video.scene_captions,
+            *(q.text for q in asked),
+            *(q.answer for q in asked),
+        ]
         texts += [phrase.text for phrase in shapes.phrases(scene, 32)]
         texts += [hypothesis.text for hypothesis in shapes.entailment(scene, rng)]
         texts.append(shapes.statement(scene, other, rng)[0])
@@ -558,7 +564,7 @@ def test_clip_shows_what_it_says() -> None:
     directions: Counter[str] = Counter()
     answers = []
     for scene in scenes(200):
-        video = shapes.clip(scene, 5, rng_of(scene))
+        video = shapes_clips.clip(scene, 5, rng_of(scene))
         assert video.frames_THWC.shape == (5, 64, 64, 3)
         assert (video.frames_THWC[0] == shapes.render(scene)).all()
         item = scene.objects[video.mover]
@@ -608,7 +614,7 @@ def test_clip_shows_what_it_says() -> None:
 
 def test_clip_never_touches_other_objects() -> None:
     for scene in scenes(60, config=ShapesConfig(min_objects=8, max_objects=8)):
-        video = shapes.clip(scene, 6, rng_of(scene))
+        video = shapes_clips.clip(scene, 6, rng_of(scene))
         item = scene.objects[video.mover]
         for other in scene.objects:
             if other is not item:
@@ -619,7 +625,7 @@ def test_clip_never_touches_other_objects() -> None:
 
 def test_clip_needs_two_frames() -> None:
     with pytest.raises(ValueError, match="at least 2 frames"):
-        shapes.clip(scenes(1)[0], 1, np.random.default_rng(0))
+        shapes_clips.clip(scenes(1)[0], 1, np.random.default_rng(0))
 
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -660,12 +666,21 @@ def test_shards_hold_the_scenes(tmp_path: Path, image_format: shapes.ImageFormat
 
 
 def test_statements_refer_to_written_images(tmp_path: Path) -> None:
-    path = shapes.write_statements(tmp_path, Split.TEST, 20, seed=4, start=10)
+    options = {"seed": 4, "start": 20, "shard_size": 5, "image_format": "jpg"}
+    shapes.write_shards(tmp_path, Split.TEST, 25, size=32, **options)  # type: ignore[arg-type]
+    path = shapes.write_statements(tmp_path, Split.TEST, 12, **options)  # type: ignore[arg-type]
     assert path.name == "statements-test.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(lines) == 20
-    by_id = {scene.image_id: scene for scene in scenes(50, Split.TEST, seed=4)}
+    assert len(lines) == 12
     for number, line in enumerate(lines):
-        left, right = by_id[line["left"]], by_id[line["right"]]
-        assert (left.index, right.index) == (10 + 2 * number, 11 + 2 * number)
+        pictures = []
+        for image in line["images"]:
+            shard, _, member = image.partition(":")
+            with tarfile.open(tmp_path / shard) as tar:
+                assert tar.getmember(member).size
+                truth = json.load(tar.extractfile(member.replace("jpg", "json")))  # type: ignore[arg-type]
+            pictures.append(truth["image_id"])
+        left, right = (shapes.generate_scene(4, 20 + 2 * number + side, Split.TEST) for side in (0, 1))
+        assert pictures == [left.image_id, right.image_id]
         assert is_true(line["statement"], left, right) == line["label"]
+        assert line["identifier"] == f"test-{20 + 2 * number}-0-0"

@@ -11,6 +11,7 @@ from triptych.data.samples import Record
 from triptych.data.tokenizers import Tokenizer, train_wordpiece
 from triptych.data.transforms import HALF, Preprocessing
 from triptych.generation import BeamSearch
+from triptych.metrics.captions import score_captions
 from triptych.models.mplug import MPlug
 from triptych.tasks.captioning import Captioning, CaptioningConfig, evaluate_captions
 
@@ -110,3 +111,37 @@ def test_a_report_has_every_reference_and_the_coco_format(
     blank = evaluate_captions(task, [(records[:2], batch.pixels_BCHW[:2])], blank=True)
     grey = task.caption(torch.full_like(batch.pixels_BCHW[:1], 128))[0]
     assert set(blank.predictions.values()) == {grey}
+
+
+def nocaps(captions: bool = True) -> list[Record]:
+    """Six pictures, two of each domain."""
+    domains = ("in-domain", "near-domain", "out-domain")
+    return [
+        Record(str(n), None, (f"{text} {n}", text) if captions else (), str(n), {"domain": domain})
+        for n, (text, domain) in enumerate(zip((*TEXTS, *TEXTS), domains * 2, strict=True))
+    ]
+
+
+def test_scores_by_domain(model: MPlug, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [*nocaps(), Record("6", None, ("a star",), "6")]  # one of no domain
+    pixels = torch.zeros(7, 3, 16, 16, dtype=torch.uint8)
+    captions = iter(["a red circle 0", "two blue stars", "a square", "red", "two stars", "a green 5", "star"])
+    task = task_of(model, tokenizer)
+    monkeypatch.setattr(task, "caption", lambda pixels: [next(captions) for _ in pixels])
+    report = evaluate_captions(task, [(records[:4], pixels[:4]), (records[4:], pixels[4:])])
+    expected = score_captions(report.references, report.predictions)
+    for domain, ids in {"in-domain": "03", "near-domain": "14", "out-domain": "25"}.items():
+        alone = score_captions({i: report.references[i] for i in ids}, {i: report.predictions[i] for i in ids})
+        expected[f"CIDEr/{domain}"] = alone["CIDEr"]
+    assert report.scores == expected
+    assert len({score for name, score in expected.items() if name.startswith("CIDEr")}) == 4
+
+
+def test_pictures_without_references_are_only_captioned(model: MPlug, tokenizer: Tokenizer) -> None:
+    pixels = torch.zeros(6, 3, 16, 16, dtype=torch.uint8)
+    report = evaluate_captions(task_of(model, tokenizer), [(nocaps(captions=False), pixels)])
+    assert report.scores == {}
+    assert [result["image_id"] for result in report.results()] == [0, 1, 2, 3, 4, 5]
+    mixed = [*nocaps()[:5], nocaps(captions=False)[5]]
+    with pytest.raises(ValueError, match="without reference captions: '5'"):
+        evaluate_captions(task_of(model, tokenizer), [(mixed, pixels)])

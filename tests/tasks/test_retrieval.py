@@ -135,3 +135,26 @@ def test_grey_pictures_tell_nothing(model: MPlug, tokenizer: Tokenizer) -> None:
 def test_nothing_to_retrieve_is_an_error(model: MPlug, tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="at least one picture"):
         encode_collection(model, tokenizer, PIXELS, iter(()), CONFIG)
+
+
+def test_shared_scores_are_those_of_one_matrix(model: MPlug, tokenizer: Tokenizer, collection: Collection) -> None:
+    """As BridgeTower: what neither direction matched scores less than anything, and one matrix serves both."""
+    config = dataclasses.replace(CONFIG, candidates=3, shared_scores=True)
+    similarity_TI = collection.text_TE @ collection.image_IE.T
+    images_TK, texts_IK = similarity_TI.topk(3, dim=1).indices, similarity_TI.T.topk(3, dim=1).indices
+    seen_TI = torch.zeros_like(similarity_TI, dtype=torch.bool).scatter(1, images_TK, True)
+    seen_TI |= torch.zeros_like(similarity_TI.T, dtype=torch.bool).scatter(1, texts_IK, True).T
+    scores_TI = match_all(model, tokenizer, collection)
+    owners_T = collection.image_of_text_T
+    text_hits = [
+        bool(seen_TI[t, owner]) and int(((scores_TI[t] >= scores_TI[t, owner]) & seen_TI[t]).sum()) == 1
+        for t, owner in enumerate(owners_T)
+    ]
+    report = evaluate_retrieval(model, collection, config)
+    assert report.scores["t2i_r1"] == pytest.approx(100 * np.mean(text_hits))
+    own_I = [np.flatnonzero(owners_T == i) for i in range(PICTURES)]
+    image_hits = [
+        any(bool(seen_TI[t, i]) and scores_TI[t, i] == scores_TI[seen_TI[:, i], i].max() for t in own_I[i])
+        for i in range(PICTURES)
+    ]
+    assert report.scores["i2t_r1"] == pytest.approx(100 * np.mean(image_hits))

@@ -105,6 +105,14 @@ def test_an_epoch_of_the_official_schedule_has_one_rate() -> None:
     assert rates[20] == pytest.approx(1e-5 + 0.5 * (1 - 1e-5) * (1 + math.cos(math.pi / 2)))
 
 
+def test_a_straight_schedule() -> None:
+    config = dataclasses.replace(CONFIG, schedule="linear")
+    rates = [learning_rate(config, CONFIG.lr, step, 110, 110) for step in range(111)]
+    assert max(rates) == rates[10] == pytest.approx(CONFIG.lr)
+    assert rates[35] == pytest.approx(CONFIG.lr + 0.25 * (CONFIG.min_lr - CONFIG.lr))
+    assert rates[110] == pytest.approx(CONFIG.min_lr)
+
+
 def test_all_groups_follow_the_schedule(model: MPlug) -> None:
     config = dataclasses.replace(CONFIG, muon_lr=0.02)
     optimizer = build_optimizer(model, config)

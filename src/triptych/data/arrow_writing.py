@@ -7,7 +7,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import groupby
@@ -20,6 +19,7 @@ from triptych.data.arrow import ANSWERS, LAYOUTS, Kind, import_pyarrow
 from triptych.data.lists import ENTAILMENT
 from triptych.data.samples import BrokenSample, Record, read_bytes
 from triptych.data.sources import Source
+from triptych.data.writing import replacing
 from triptych.progress import progress
 
 BATCH_ROWS, BATCH_BYTES = 1000, 64 << 20
@@ -103,7 +103,7 @@ def write_arrow(
     label = f"writing {written.path.name}"
     with (
         progress(label, total or 0, unit="records", shown=total is not None) as advance,
-        _replacing(written.path) as file,
+        replacing(written.path) as file,
     ):
         table = _TableWriter(file, kind)
         for group in _by_picture(records, kind):
@@ -116,19 +116,6 @@ def write_arrow(
     if written.skipped_count:
         logger.warning("%d records are not in %s: %s", written.skipped_count, path, written.skipped[:3])
     return written
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that gets its name when the block ends well, and vanishes otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _by_picture(records: Iterable[Record], kind: Kind) -> Iterator[list[Record]]:

@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,16 +51,24 @@ _CROP_SIDES = (384, 600)
 _CROP_TRIES = 20
 _PLACES = ("left", "right", "top", "bottom", "middle")
 _MIRRORED = {"left": "right", "Left": "Right", "LEFT": "RIGHT", "right": "left", "Right": "Left", "RIGHT": "LEFT"}
+_NAMES = ("identifier", "ref_id", "sent_id")
 _SIDES = re.compile("|".join(_MIRRORED))
 _SIDE_WORDS = re.compile(rf"\b(?:{_SIDES.pattern})(?=(?:most|est|iest|ish|side|hand|y)?\b)")
 
 
+Box = tuple[float, float, float, float]
+
+
 @dataclass(frozen=True)
 class Expression:
-    """A referring expression: a phrase, and the box, in pixels, of what it refers to."""
+    """A referring expression: a phrase, and the box, in pixels, of what it refers to; None where that is not said.
+
+    `names` has what the source calls it by: "ref_id", "sent_id" and "identifier", those there are.
+    """
 
     text: str
-    box_xyxy: tuple[float, float, float, float]
+    box_xyxy: Box | None
+    names: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,12 +91,14 @@ class Grounded:
 def record_expressions(record: Record) -> list[Expression]:
     """What a record's `extra` refers to: its "phrase" and "box_xyxy", or all "phrases", each {"text", "box_xyxy"}.
 
+    A phrase without a box is one to be located: those of a test set, or of a user.
+
     Raises:
-        BrokenSample: there are none, or one has no text or no box with an area.
+        BrokenSample: there are none, or one has no text, or a box without an area.
     """
     entries = record.extra.get("phrases")
     if entries is None:
-        entries = [{"text": record.extra.get("phrase"), "box_xyxy": record.extra.get("box_xyxy")}]
+        entries = [{**record.extra, "text": record.extra.get("phrase")}]
     if not isinstance(entries, Sequence) or not entries:
         raise BrokenSample(record.key, "it has no phrases")
     try:
@@ -103,12 +113,17 @@ def _expression(entry: Any) -> Expression:
     text, box = entry.get("text"), entry.get("box_xyxy")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"the phrase must be a text, got {text!r}")
+    names = {name: entry[name] for name in _NAMES if name in entry}
+    return Expression(text, None if box is None else _box(text, box), names)
+
+
+def _box(text: str, box: Any) -> Box:
     if not isinstance(box, Sequence) or len(box) != 4 or not all(isinstance(number, int | float) for number in box):
         raise ValueError(f"the box of {text!r} must be four numbers, got {str(box)[:60]!r}")
     left, top, right, bottom = map(float, box)
     if not all(map(math.isfinite, (left, top, right, bottom))) or right <= left or bottom <= top:
         raise ValueError(f"the box of {text!r} has no area: {list(box)}")
-    return Expression(text, (left, top, right, bottom))
+    return left, top, right, bottom
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from triptych.data.sources import open_source
 _LISTED = 20
 _EXAMPLES = 3
 _MISSING_LISTED = 5
-_COUNTED = ("captions", "questions", "answers", "phrases", "boxes", "statements", "hypotheses")
+_COUNTED = ("captions", "questions", "answers", "phrases", "boxes", "statements", "hypotheses", "texts", "labels")
 _SHOWN = (
     *("question", "answers", "phrase", "box_xyxy", "statement", "hypothesis", "premise", "label"),
     *("images", "video", "domain"),
@@ -98,6 +98,8 @@ class _Media:
             problems = [self._once(video, self._video)]
         elif record.image is None and isinstance(pair, list):
             problems = [self._once(image, self._picture) for image in pair]
+        elif record.image is None and isinstance(record.extra.get("text"), str):  # of texts alone
+            problems = []
         else:
             problems = [self._once(record.image, self._picture)]
         problem = next(filter(None, problems), None)
@@ -148,6 +150,8 @@ def _counts(record: Record) -> dict[str, int]:
         "boxes": sum("box_xyxy" in phrase for phrase in phrases),
         "statements": len(_parts(record, "statement", "statements")),
         "hypotheses": len(_parts(record, "hypothesis", "entailment")),
+        "texts": sum(name in record.extra for name in ("text", "text_pair")),
+        "labels": int("label" in record.extra),
     }
 
 

@@ -300,13 +300,13 @@ def read_once(
     if batch_size < 1 or workers < 0 or not 0 <= rank < world:
         raise ValueError(f"bad batch_size={batch_size}, workers={workers}, rank={rank} or world={world}")
     examples: list[Example] = []
-    found, reason = 0, None
+    found, skipped, reason = 0, 0, None
     tasks = _tasks_once(source, rank, world, per_caption, seed)
     with closing(_prepared(tasks, prepare, workers)) as outcomes:
         for outcome in outcomes:
             if outcome.reason is not None:
                 logger.warning("skipped %s: %s", outcome.key, outcome.reason)
-                reason = f"{outcome.key}: {outcome.reason}"
+                skipped, reason = skipped + 1, f"{outcome.key}: {outcome.reason}"
                 continue
             found += 1
             examples.append(outcome.example)
@@ -317,6 +317,8 @@ def read_once(
         yield collate(examples)
     if not found and reason is not None:
         raise ValueError(f"no usable record; the last: {reason}")
+    if skipped:
+        logger.warning("skipped %d of %d records", skipped, found + skipped)
 
 
 def _endless_tasks(source: Source, order: _Order, start: Position) -> Generator[_Task]:

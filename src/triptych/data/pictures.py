@@ -5,13 +5,17 @@ Shape legend: B batch, F frames, C channels, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from triptych.data.loader import read_once
+from triptych.data.official_video import VIDEO_SUFFIXES
 from triptych.data.samples import BrokenSample, Record, decode_image, load_image
 from triptych.data.sources import Source
 from triptych.data.transforms import FrameChoice, Preprocessing, Transform
@@ -47,6 +51,25 @@ def stack(pixels: Sequence[Tensor]) -> Tensor:
     if len(shapes) > 1:
         raise ValueError(f"the records of one batch show unlike things (pixels {sorted(shapes)}): give them apart")
     return torch.stack(list(pixels))
+
+
+def file_record(path: Path, *, extra: Mapping[str, Any] | None = None) -> Record:
+    """A record of a picture file or of a video, told apart by the suffix."""
+    if is_video(path):
+        return Record(str(path), None, (), str(path), {**(extra or {}), "video": str(path)})
+    return Record(str(path), str(path), (), str(path), extra or {})
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file's name is that of a video."""
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def alike(paths: Iterable[Path], *, at_once: int = 32) -> Iterator[tuple[Path, ...]]:
+    """The paths in their order, a few at once, pictures and videos apart."""
+    for _, same in groupby(paths, is_video):
+        while some := tuple(islice(same, at_once)):
+            yield some
 
 
 def read_pictures(source: Source, preprocessing: Preprocessing, batch_size: int = 50, limit: int = 0) -> Pictures:

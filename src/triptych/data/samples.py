@@ -7,7 +7,6 @@ import tarfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from io import BytesIO
 from typing import Any
 
@@ -17,6 +16,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000
 """Pictures that claim more pixels than this are refused before they are decoded (decompression bombs)."""
+
+_INDEXED = 1_000_000
+"""Files of tars whose places are kept in memory, about 200 bytes each."""
+_indices: dict[str, dict[str, tuple[int, int]]] = {}
+"""What `read_index` gave for each tar, the oldest first."""
 
 
 class BrokenSample(ValueError):  # noqa: N818 - it names the sample, and loaders skip it rather than fail
@@ -125,9 +129,19 @@ def _read_member(tar: str, member: str) -> bytes:
         return bytes(file.read(size))
 
 
-@lru_cache(maxsize=32)
 def _members(tar: str) -> dict[str, tuple[int, int]]:
-    """Name of each file of the tar -> (offset, size) of its bytes."""
+    """As `read_index`, but kept: lists name the files of many tars in any order."""
+    members = _indices.get(tar)
+    if members is None:
+        members = _indices[tar] = read_index(tar)
+        # First in, first out: an order of use would need a lock, which a forked worker could find closed for ever.
+        while len(_indices) > 1 and sum(map(len, list(_indices.values()))) > _INDEXED:
+            _indices.pop(next(iter(list(_indices))), None)
+    return members
+
+
+def read_index(tar: str) -> dict[str, tuple[int, int]]:
+    """Name of each file of a tar -> (offset, size) of its bytes; OSError if it is not there or no tar."""
     try:
         with open_binary(tar) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             return {member.name: (member.offset_data, member.size) for member in archive if member.isfile()}
@@ -178,7 +192,7 @@ def pre_caption(text: str, max_words: int = 30) -> str:
     return " ".join(text.split(" ")[:max_words])
 
 
-_TEXTS = ("question", "answer", "answers", "phrase", "text", "statement", "hypothesis", "premise")
+_TEXTS = ("question", "answer", "answers", "phrase", "text", "text_pair", "statement", "hypothesis", "premise")
 _LISTS = ("questions", "phrases", "entailment")
 
 

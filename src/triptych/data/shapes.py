@@ -1,36 +1,31 @@
 """Shapes, the built-in world: generated images with exact ground truth, for the demo, tests and ablations.
 
 `generate_scene` draws scene number `index` of a split, `render` paints it, and
-`triptych.data.shapes_language` says what is true of it. `clip` makes a short video, `write_shards` writes
-WebDataset tars as img2dataset lays them out.
+`triptych.data.shapes_language` says what is true of it. `write_shards` writes WebDataset tars as img2dataset lays
+them out, `write_statements` a list of statements about pairs of their pictures. `triptych.data.shapes_clips` makes
+short videos of the scenes.
 
 The three splits share one distribution of scenes, restricted by `split_admits`:
 
 - train and test never share a multiset of (size, colour, shape): a stable hash of it gives 15 % to test;
 - certain (colour, shape) pairs, `HELD_OUT_PAIRS`, occur in neither; each compositions scene has at least one.
-
-Shape legend: T frames, H height, W width, C colour channels (RGB).
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import hashlib
 import io
 import itertools
 import json
-import os
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
+from triptych.data.samples import read_index
 from triptych.data.shapes_language import (
     DIRECTIONS,
     LABELS,
@@ -43,11 +38,8 @@ from triptych.data.shapes_language import (
     names_exactly,
     parse_caption,
     phrases,
-    pick,
     questions,
     statement,
-    toss,
-    unique_descriptions,
 )
 from triptych.data.shapes_render import (
     COLOUR_RGB,
@@ -65,11 +57,10 @@ from triptych.data.shapes_render import (
     Object,
     Scene,
     Split,
-    draw,
     object_box,
     render,
-    render_background,
 )
+from triptych.data.writing import add_member, replacing, replacing_tar
 from triptych.progress import progress
 
 __all__ = [
@@ -85,7 +76,6 @@ __all__ = [
     "VOCABULARY",
     "Background",
     "Box",
-    "Clip",
     "Hypothesis",
     "ImageFormat",
     "Kind",
@@ -96,7 +86,6 @@ __all__ = [
     "ShapesConfig",
     "Split",
     "captions",
-    "clip",
     "distinct_scenes",
     "entailment",
     "generate_scene",
@@ -118,7 +107,6 @@ KINDS: tuple[Kind, ...] = tuple(itertools.product(SIZES, COLOURS, SHAPES))
 TEST_PERCENT = 15
 # The first number for which the six single objects of test cover all colours, shapes and both sizes.
 SPLIT_SALT = b"shapes-v2306"
-USTAR = tarfile.USTAR_FORMAT
 
 ImageFormat = Literal["png", "jpg"]
 
@@ -154,7 +142,7 @@ def split_admits(split: Split, kinds: Sequence[Kind]) -> bool:
 def scene_generator(seed: int, index: int, split: Split, purpose: int = 0) -> np.random.Generator:
     """The random numbers that belong to one scene, independent of every other scene and `purpose`.
 
-    Purpose 0 is the scene itself, 1 its ground truth, 2 statements; others are free.
+    Purpose 0 is the scene itself, 1 its ground truth, 2 statements, 3 clips; others are free.
 
     Raises:
         ValueError: unless `seed` and `index` are 0 to 2**32 - 1.
@@ -212,130 +200,36 @@ def _draw_background(rng: np.random.Generator) -> Background:
     return Background(rgb, 12.0 * slope_x - 6.0, 12.0 * slope_y - 6.0, noise_seed=int(noise * 2**32))
 
 
+def _first_caption(scene: Scene) -> str:
+    return captions(scene)[0]
+
+
 def distinct_scenes(
-    split: Split, count: int, *, seed: int = 0, start: int = 0, config: ShapesConfig | None = None
+    split: Split,
+    count: int,
+    *,
+    seed: int = 0,
+    start: int = 0,
+    config: ShapesConfig | None = None,
+    key: Callable[[Scene], Hashable] = _first_caption,
 ) -> list[Scene]:
     """The first `count` scenes from index `start` on whose first captions differ, to evaluate retrieval.
 
+    `key` is what differs, if not the first caption.
+
     Raises:
-        ValueError: if the split does not seem to have so many captions.
+        ValueError: if the split does not seem to have so many.
     """
-    found: dict[str, Scene] = {}
+    found: dict[Hashable, Scene] = {}
     index = last = start
     while len(found) < count:
         scene = generate_scene(seed, index, split, config)
-        if found.setdefault(captions(scene)[0], scene) is scene:
+        if found.setdefault(key(scene), scene) is scene:
             last = index
         elif index - last > 1000 + 10 * count:
-            raise ValueError(f"found only {len(found)} of {count} different captions in the {split} split")
+            raise ValueError(f"found only {len(found)} of {count} different scenes in the {split} split")
         index += 1
     return list(found.values())
-
-
-# --- clips --------------------------------------------------------------------------------------------------
-
-_STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Clip:
-    """A short video in which one object moves into a free neighbouring cell and everything else stays.
-
-    `scene` is the first frame, `mover` the position of the moving object in `scene.objects`, `end_place`
-    where it ends.
-    """
-
-    scene: Scene
-    frames_THWC: NDArray[np.uint8]
-    mover: int
-    direction: str
-    end_place: str
-    captions: tuple[str, ...]
-    questions: tuple[Question, ...]
-
-
-def clip(scene: Scene, frames: int, rng: np.random.Generator, size: int = 64) -> Clip:
-    """Let an object of `scene` move left, right, up or down by one cell.
-
-    Args:
-        scene: the first frame.
-        frames: how many frames, at least 2.
-        rng: chooses the object, the direction and the questions.
-        size: width and height in pixels, 32 to 512.
-
-    Raises:
-        ValueError: if `frames` or `size` is out of range.
-    """
-    if frames < 2:
-        raise ValueError(f"a clip needs at least 2 frames, not {frames}")
-    mover, direction = _choose_move(scene, rng)
-    item, (step_x, step_y) = scene.objects[mover], _STEPS[direction]
-    empty_HWC = render_background(scene.background, size)
-    for position, other in enumerate(scene.objects):
-        if position != mover:
-            draw(empty_HWC, other)
-    frames_THWC = np.stack([empty_HWC] * frames)
-    for number, frame_HWC in enumerate(frames_THWC):
-        way = number / (frames - 1) / GRID
-        draw(frame_HWC, dataclasses.replace(item, x=item.x + step_x * way, y=item.y + step_y * way))
-    end_place = PLACES[item.cell + step_x + GRID * step_y]
-    return Clip(
-        scene,
-        frames_THWC,
-        mover,
-        direction,
-        end_place,
-        _clip_captions(scene, item, direction, end_place),
-        _clip_questions(scene, item, direction, end_place, rng),
-    )
-
-
-def _choose_move(scene: Scene, rng: np.random.Generator) -> tuple[int, str]:
-    """A direction in which something can move, then an object that can: directions are nearly balanced."""
-    taken = {item.cell for item in scene.objects}
-    movers: dict[str, list[int]] = {}
-    for direction, (step_x, step_y) in _STEPS.items():
-        for position, item in enumerate(scene.objects):
-            inside = 0 <= item.column + step_x < GRID and 0 <= item.row + step_y < GRID
-            if inside and item.cell + step_x + GRID * step_y not in taken:
-                movers.setdefault(direction, []).append(position)
-    direction = pick(rng, list(movers))
-    return pick(rng, movers[direction]), direction
-
-
-def _clip_captions(scene: Scene, item: Object, direction: str, end_place: str) -> tuple[str, ...]:
-    """Three paraphrases; each names every object once."""
-    name = f"a {' '.join(item.kind)}"
-    others = [f"a {' '.join(other.kind)}" for other in scene.objects if other is not item]
-    still = f" while {' and '.join(others)} {'stays' if len(others) == 1 else 'stay'} still" if others else ""
-    return (
-        f"{name} moves {direction}{still}",
-        f"{name} moves from the {item.place} to the {end_place}{still}",
-        f"{name} starts at the {item.place} and ends at the {end_place}{still}",
-    )
-
-
-def _clip_questions(
-    scene: Scene, item: Object, direction: str, end_place: str, rng: np.random.Generator
-) -> tuple[Question, ...]:
-    found = [
-        ("what moves", " ".join(item.kind)),
-        ("what colour is the moving object", item.colour),
-        ("what shape is the moving object", item.shape),
-        ("which way does the moving object go", direction),
-        ("where does the moving object start", item.place),
-        ("where does the moving object end", end_place),
-    ]
-    wrong = pick(rng, [other for other in DIRECTIONS if other != direction])
-    asked = toss(rng)
-    found.append((f"does the moving object go {direction if asked else wrong}", "yes" if asked else "no"))
-    names = {other: unique_descriptions(scene, other) for other in scene.objects}
-    still = [other for other in scene.objects if other is not item and names[other]]
-    if names[item] and still:
-        asked = toss(rng)
-        name = pick(rng, names[item] if asked else names[pick(rng, still)])
-        found.append((f"does the {name.text()} move", "yes" if asked else "no"))
-    return tuple(Question(text, answer, "motion") for text, answer in found)
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -409,25 +303,24 @@ def write_shards(
     Raises:
         ValueError: if an argument is out of range, or there are not so many distinct scenes.
     """
-    _check_counts(count, shard_size, start)
-    if image_format not in ("png", "jpg"):
-        raise ValueError(f"image_format must be 'png' or 'jpg', not {image_format!r}")
+    _check_arguments(count, shard_size, start, image_format)
+    if start % shard_size:
+        raise ValueError(f"start must be a multiple of shard_size {shard_size}, not {start}")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     chosen = distinct_scenes(split, count, seed=seed, start=start, config=config) if distinct else None
     parts = {
-        folder / f"{split}-{first // shard_size:05d}.tar": range(first, min(first + shard_size, start + count))
+        folder / _shard_name(split, first, shard_size): range(first, min(first + shard_size, start + count))
         for first in range(start, start + count, shard_size)
     }
     missing = {shard: indices for shard, indices in parts.items() if not (keep and shard.exists())}
     total = sum(map(len, missing.values()))
     with progress(f"shapes {split}", total, shown=show_progress and total > 0) as advance:
         for shard, indices in missing.items():
-            with _replacing(shard) as file, tarfile.TarFile(fileobj=file, mode="w", format=USTAR) as tar:
+            with replacing_tar(shard) as tar:
                 for index in indices:
                     scene = chosen[index - start] if chosen else generate_scene(seed, index, split, config)
                     for ending, data in _sample_files(scene, size, image_format):
-                        _add(tar, f"{scene.index:09d}.{ending}", data)
+                        add_member(tar, f"{scene.index:09d}.{ending}", data)
                     advance()
     return list(parts)
 
@@ -437,36 +330,80 @@ def write_statements(
     split: Split,
     count: int,
     *,
+    shard_size: int = 1000,
     seed: int = 0,
+    image_format: ImageFormat = "png",
     start: int = 0,
     config: ShapesConfig | None = None,
+    keep: bool = False,
+    show_progress: bool = False,
 ) -> Path:
-    """Write `count` statements about pairs of scenes to `statements-<split>.jsonl`.
+    """Write `count` statements about pairs of scenes to `statements-<split>.jsonl`, beside the shards of the scenes.
 
-    Statement i is about scenes `start + 2 i` and `start + 2 i + 1`, which `write_shards` writes when given
-    the same `seed` and `config`. A line holds "left" and "right" (image ids), "statement", "label" (bool).
+    Statement i is about scenes `start + 2 i` and `start + 2 i + 1`, which `write_shards` has written with the same
+    arguments (and not `distinct`). A line holds "identifier", "images" (the two pictures, as locations in the shards),
+    "statement" and "label" (bool), as `triptych.data.lists` reads them. Identifiers are as in NLVR2, "test-12-0-0" for
+    scenes 12 and 13: each statement is a group of its own when consistency is counted.
+
+    Args:
+        folder, split, shard_size, seed, image_format, config: as `write_shards` was given them.
+        count: how many statements, at least 1: half as many as scenes.
+        start: the first scene.
+        keep: leave the file as it is if it is there; it must be of the same arguments. By default it is replaced.
+        show_progress: show a progress bar with rate and remaining time on stderr.
 
     Raises:
         ValueError: if an argument is out of range.
+        FileNotFoundError: if a picture is not there.
     """
-    _check_counts(count, 1, start)
+    _check_arguments(count, shard_size, start, image_format)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"statements-{split}.jsonl"
-    with _replacing(path) as file:
+    if keep and path.exists():
+        return path
+    pictures = {
+        index: f"{_shard_name(split, index, shard_size)}:{index:09d}.{image_format}"
+        for index in range(start, start + 2 * count)
+    }
+    _find_pictures(folder, pictures.values())
+    with (
+        progress(f"statements {split}", count, unit="statements", shown=show_progress) as advance,
+        replacing(path) as file,
+    ):
         for index in range(start, start + 2 * count, 2):
             left, right = (generate_scene(seed, i, split, config) for i in (index, index + 1))
             text, label = statement(left, right, scene_generator(seed, index, split, purpose=2))
-            line = {"left": left.image_id, "right": right.image_id, "statement": text, "label": label}
+            line = {
+                "identifier": f"{split}-{index}-0-0",
+                "images": [pictures[index], pictures[index + 1]],
+                "statement": text,
+                "label": label,
+            }
             file.write(json.dumps(line).encode() + b"\n")
+            advance()
     return path
 
 
-def _check_counts(count: int, shard_size: int, start: int) -> None:
-    if count < 1 or shard_size < 1:
-        raise ValueError(f"count and shard_size must be at least 1, not {count} and {shard_size}")
-    if start < 0 or start % shard_size:
-        raise ValueError(f"start must be 0 or a positive multiple of shard_size {shard_size}, not {start}")
+def _find_pictures(folder: Path, pictures: Iterable[str]) -> None:
+    """FileNotFoundError if one of the pictures, which are in the order of their shards, is not there."""
+    for shard, inside in itertools.groupby(pictures, lambda picture: picture.partition(":")[0]):
+        tar = folder / shard
+        there = read_index(str(tar)) if tar.exists() else {}
+        missing = next((picture for picture in inside if picture.partition(":")[2] not in there), None)
+        if missing is not None:
+            raise FileNotFoundError(f"there is no picture {folder / missing} for a statement: write the shards first")
+
+
+def _shard_name(split: Split, index: int, shard_size: int) -> str:
+    """The shard of scene `index`."""
+    return f"{split}-{index // shard_size:05d}.tar"
+
+
+def _check_arguments(count: int, shard_size: int, start: int, image_format: str) -> None:
+    if count < 1 or shard_size < 1 or start < 0:
+        raise ValueError(f"{count=} and {shard_size=} must be at least 1 and {start=} at least 0")
+    if image_format not in get_args(ImageFormat):
+        raise ValueError(f"image_format must be 'png' or 'jpg', not {image_format!r}")
 
 
 def _sample_files(scene: Scene, size: int, image_format: ImageFormat) -> Iterator[tuple[str, bytes]]:
@@ -480,22 +417,3 @@ def _sample_files(scene: Scene, size: int, image_format: ImageFormat) -> Iterato
     yield image_format, image.getvalue()
     yield "json", json.dumps(record).encode()
     yield "txt", captions(scene)[0].encode()
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Add a file with no trace of time or user."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mode = len(data), 0o644
-    tar.addfile(info, io.BytesIO(data))
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the name `path` when the block ends well, and vanishes otherwise."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Sources of records: tar shards, and annotation files that refer to pictures or videos.
+"""Sources of records: tar shards, annotation files that refer to pictures or videos, and labelled pictures and texts.
 
 | format | file | a record |
 |---|---|---|
@@ -6,6 +6,8 @@
 | "arrow" | .arrow (BridgeTower) | see `triptych.data.arrow` |
 | "refer" | refs(...).p, or the folder of one with its instances.json (RefCOCO, RefCOCO+, RefCOCOg) | a phrase |
 | "transvg" | .pth, TransVG's lists of the same and of ReferItGame and Flickr30k | a phrase |
+| "glue" | .tsv, GLUE's and others with its columns | a text or two, with a label and without a picture |
+| "cifar" | the folder of an official archive (`triptych.data.cifar`) | a picture with a label |
 | "json" | .json | by what is in it: see the tables of `triptych.data.official` and `triptych.data.lists` |
 | "jsonl" | .jsonl, an object a line | the same |
 
@@ -31,12 +33,14 @@ from typing import Any, Protocol
 
 import fsspec
 
+from triptych.data.cifar import is_cifar, open_cifar
 from triptych.data.fields import Parsed, Unreadable, broken, captions_of, exists
+from triptych.data.glue import read_glue
 from triptych.data.official import LAYOUTS, Layout, recognise
 from triptych.data.samples import Record, open_binary, read_bytes
 
-_SUFFIXES = {".tar": "webdataset", ".arrow": "arrow", ".p": "refer", ".pth": "transvg"}
-FORMATS = (*_SUFFIXES.values(), "json", "jsonl", *(layout.name for layout in LAYOUTS))
+_SUFFIXES = {".tar": "webdataset", ".arrow": "arrow", ".p": "refer", ".pth": "transvg", ".tsv": "glue"}
+FORMATS = (*_SUFFIXES.values(), "cifar", "json", "jsonl", *(layout.name for layout in LAYOUTS))
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LIST_SHARD = 1000
 """References in one virtual shard of a list."""
@@ -133,6 +137,11 @@ class Source:
                     yield record
                 else:
                     logger.warning("skipped %s: %s", record.key, record.problem)
+
+    @property
+    def size(self) -> int | None:
+        """Number of records, unusable ones included, where they are all at hand."""
+        return sum(1 for shard in self.shards for _ in shard.read()) if self.in_memory else None
 
     def count(self) -> int:
         """Number of usable records; reads all shards."""
@@ -247,6 +256,10 @@ def _open(format: str | None, root: str | None, splits: Sequence[str] | None, fi
         place = partial(_place, os.path.dirname(file) if root is None else root)
         records = read_refer(file, None, place) if kind == "refer" else read_transvg(file, place)
         return _Opened(file, kind, _cut(file, _of_splits(file, records, splits)))
+    if kind == "cifar":
+        return _Opened(file, kind, open_cifar(file, splits))
+    if kind == "glue":
+        return _Opened(file, kind, _cut(file, _of_splits(file, read_glue(file, _read_text(file)), splits)))
     parsed = _parse(file, format)
     layout = _layout(parsed, format)
     if layout.read is None or layout.partner:
@@ -256,6 +269,8 @@ def _open(format: str | None, root: str | None, splits: Sequence[str] | None, fi
 
 def _written_as(file: str) -> str | None:
     """The format that a name tells; what is in JSON and text files is told by the content."""
+    if is_cifar(file):
+        return "cifar"
     told = next((kind for suffix, kind in _SUFFIXES.items() if file.endswith(suffix)), None)
     return "refer" if told is None and os.path.isdir(file) else told
 

@@ -1,32 +1,27 @@
 """Caption scores that agree with the field's scorer (pycocoevalcap), without Java: BLEU, ROUGE-L, CIDEr.
 
-Shapes: N images, R references, C candidates, P pairs of a candidate and a reference, G different n-grams,
-E entries (one for each different n-gram of one caption), O the four n-gram orders.
+Shapes: N images, C candidates.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from triptych.metrics.cider import MAX_ORDER, DocumentFrequencies, Gram, Tokens, Vector, cider, gram_counts, vector
+from triptych.metrics.files import read_json
 from triptych.metrics.ptb import ptb_tokenize
 
-_MAX_ORDER = 4
 _ROUGE_BETA = 1.2
-_CIDER_SIGMA = 6.0
 _NAMED_IDS = 5  # how many offending ids an error lists
 
-Tokens = list[str]
-Gram = tuple[str, ...]
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 class JavaMetricsUnavailableError(ImportError):
@@ -55,8 +50,7 @@ def score_captions(
     references_N, candidates_N = _tokenized_pairs(references, predictions, allow_missing)
     scores = {f"Bleu_{n + 1}": value for n, value in enumerate(_bleu(references_N, candidates_N))}
     scores["ROUGE_L"] = _rouge_l(references_N, candidates_N)
-    index = _GramIndex(references_N)
-    scores["CIDEr"] = float(index.similarities(range(len(candidates_N)), candidates_N, plain=False).mean())
+    scores["CIDEr"] = _mean_cider(references_N, candidates_N, plain=False)
     return scores
 
 
@@ -66,26 +60,30 @@ def plain_cider(references: Mapping[Any, Sequence[str]], predictions: Mapping[An
     Vedantam et al. 2015, equation 2 and 3, on unstemmed PTB tokens. Errors as in `score_captions`.
     """
     references_N, candidates_N = _tokenized_pairs(references, predictions, allow_missing=False)
-    index = _GramIndex(references_N)
-    return float(index.similarities(range(len(candidates_N)), candidates_N, plain=True).mean())
+    return _mean_cider(references_N, candidates_N, plain=True)
 
 
 class CiderD:
     """CIDEr-D of many candidates against fixed references, for rewards in self-critical training.
 
-    Document frequencies and reference vectors are computed once; scoring costs time in proportion to the
-    candidates alone. Values are per candidate, 0 to 10, equal to pycocoevalcap's.
+    References are tokenised at once; the vectors of an image's are computed when it is first asked for, and kept.
+    Values are per candidate, 0 to 10, equal to pycocoevalcap's.
     """
 
-    def __init__(self, references: Mapping[Any, Sequence[str]]) -> None:
-        """Tokenises `references` (captions of each image) and counts their n-grams.
+    def __init__(self, references: Mapping[Any, Sequence[str]], frequencies: DocumentFrequencies | None = None) -> None:
+        """Tokenises `references` (captions of each image).
+
+        Args:
+            frequencies: how rare n-grams are; by default as these references say.
 
         Raises:
             ValueError: no images, or an image without references.
         """
         _check_references(references, references)
-        self._row_of_image = {image: row for row, image in enumerate(references)}
-        self._index = _GramIndex(_tokenize_groups(list(references.values())))
+        groups = _tokenize_groups(list(references.values()))
+        self._tokens = dict(zip(references, groups, strict=True))
+        self._frequencies = frequencies or DocumentFrequencies.count(groups)
+        self._vectors: dict[Hashable, list[Vector]] = {}
 
     def scores(self, images: Sequence[Hashable], candidates: Sequence[str]) -> Floats:
         """CIDEr-D of each candidate caption against the references of the image beside it.
@@ -97,11 +95,16 @@ class CiderD:
         """
         if len(images) != len(candidates):
             raise ValueError(f"{len(images)} images for {len(candidates)} candidates: give one image each")
-        unknown = [image for image in images if image not in self._row_of_image]
+        unknown = [image for image in images if image not in self._tokens]
         if unknown:
             raise ValueError(f"no references for image {_listed(unknown)}")
-        rows = [self._row_of_image[image] for image in images]
-        return self._index.similarities(rows, ptb_tokenize(candidates), plain=False)
+        found = zip(images, ptb_tokenize(candidates), strict=True)
+        return np.array([cider(vector(tokens, self._frequencies), self._of(image)) for image, tokens in found])
+
+    def _of(self, image: Hashable) -> list[Vector]:
+        if image not in self._vectors:
+            self._vectors[image] = [vector(tokens, self._frequencies) for tokens in self._tokens[image]]
+        return self._vectors[image]
 
 
 def java_metrics(
@@ -143,7 +146,7 @@ def read_coco_references(path: str | Path) -> dict[str, list[str]]:
     Raises:
         ValueError: the file is not such JSON, naming the file and the entry.
     """
-    content = _read_json(path)
+    content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
         raise ValueError(f'{path}: expected a JSON object with lists "images" and "annotations"')
     images = content.get("images", [])
@@ -167,7 +170,7 @@ def read_coco_results(path: str | Path) -> dict[str, str]:
     Raises:
         ValueError: the file is not such JSON or an image occurs twice, naming the file and the entry.
     """
-    content = _read_json(path)
+    content = read_json(path)
     if not isinstance(content, list):
         raise ValueError(f'{path}: expected a JSON list of {{"image_id", "caption"}}')
     captions: dict[str, str] = {}
@@ -178,13 +181,6 @@ def read_coco_results(path: str | Path) -> dict[str, str]:
             raise ValueError(f"{where}: a second caption for image {image!r}; give one caption an image")
         captions[image] = _caption(entry, where)
     return captions
-
-
-def _read_json(path: str | Path) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
 
 
 def _image_id(entry: Any, field: str, where: str) -> str:
@@ -246,12 +242,6 @@ def _tokenize_groups(groups: Sequence[Sequence[str]]) -> list[list[Tokens]]:
     return [[next(tokens) for _ in group] for group in groups]
 
 
-def _gram_counts(tokens: Tokens) -> Counter[Gram]:
-    return Counter(
-        gram for n in range(1, _MAX_ORDER + 1) for gram in zip(*(tokens[i:] for i in range(n)), strict=False)
-    )
-
-
 # ----------------------------------------------------------------------------------------------------- BLEU, ROUGE
 
 
@@ -261,7 +251,7 @@ def _bleu(references_N: list[list[Tokens]], candidates_N: list[Tokens]) -> list[
     The two constants keep empty counts finite, as the reference scorer does.
     """
     tiny, small = 1e-15, 1e-9
-    matched, possible = [0] * _MAX_ORDER, [0] * _MAX_ORDER
+    matched, possible = [0] * MAX_ORDER, [0] * MAX_ORDER
     candidate_length, reference_length = 0, 0
     for references, candidate in zip(references_N, candidates_N, strict=True):
         length = len(candidate)
@@ -269,10 +259,10 @@ def _bleu(references_N: list[list[Tokens]], candidates_N: list[Tokens]) -> list[
         reference_length += min((abs(len(tokens) - length), len(tokens)) for tokens in references)[1]
         limits: Counter[Gram] = Counter()
         for tokens in references:
-            limits |= _gram_counts(tokens)
-        for gram, count in _gram_counts(candidate).items():
+            limits |= gram_counts(tokens)
+        for gram, count in gram_counts(candidate).items():
             matched[len(gram) - 1] += min(count, limits[gram])
-        for order in range(_MAX_ORDER):
+        for order in range(MAX_ORDER):
             possible[order] += max(0, length - order)
     ratio = (candidate_length + tiny) / (reference_length + small)
     penalty = float(np.exp(1 - 1 / ratio)) if ratio < 1 else 1.0
@@ -313,108 +303,11 @@ def _common_subsequence_length(first: Tokens, second: Tokens) -> int:
 # ----------------------------------------------------------------------------------------------------------- CIDEr
 
 
-class _Entries(NamedTuple):
-    """Sparse n-gram vectors of some captions, one entry for each different n-gram of a caption."""
-
-    caption_E: Ints
-    gram_E: Ints
-    order_E: Ints  # n - 1
-    weight_E: Floats  # count times inverse document frequency
-
-
-class _GramIndex:
-    """TF-IDF vectors of all references of N images, ready to be compared with candidates."""
-
-    def __init__(self, references_N: list[list[Tokens]]) -> None:
-        captions_R = [tokens for group in references_N for tokens in group]
-        group_sizes_N = np.array([len(group) for group in references_N], dtype=np.int64)
-        image_R = np.repeat(np.arange(len(references_N)), group_sizes_N)
-        self._first_reference_N = np.concatenate([[0], np.cumsum(group_sizes_N)])
-        self._ids: dict[Gram, int] = {}
-        counts = _count_grams(captions_R, {}, self._ids)
-        grams = max(1, len(self._ids))
-        seen_in_image = np.unique(image_R[counts.caption_E] * grams + counts.gram_E)
-        frequency_G = np.bincount(seen_in_image % grams, minlength=grams)
-        self._rarity_unseen = float(np.log(len(references_N)))
-        self._rarity_G = self._rarity_unseen - np.log(np.maximum(1, frequency_G))
-        self._entries = counts._replace(weight_E=counts.weight_E * self._rarity_G[counts.gram_E])
-        self._norms_RO = _norms(self._entries, len(captions_R))
-        self._lengths_R = _bigram_counts(captions_R)
-        self._first_entry_R = np.searchsorted(self._entries.caption_E, np.arange(len(captions_R) + 1))
-
-    def similarities(self, images_C: Sequence[int], candidates_C: list[Tokens], *, plain: bool) -> Floats:
-        """CIDEr-D, or plain CIDEr, of each candidate against the references of its image, 0 to 10."""
-        images = np.asarray(images_C, dtype=np.int64)
-        candidates = self._candidate_entries(candidates_C)
-        references_C = self._first_reference_N[images + 1] - self._first_reference_N[images]
-        candidate_P = np.repeat(np.arange(len(candidates_C)), references_C)
-        reference_P = _ranges(self._first_reference_N[images], references_C)
-
-        similarity_PO = self._dot_products(candidates, candidate_P, reference_P, plain)
-        norms_PO = _norms(candidates, len(candidates_C))[candidate_P] * self._norms_RO[reference_P]
-        similarity_PO = np.divide(similarity_PO, norms_PO, out=np.zeros_like(norms_PO), where=norms_PO > 0)
-        if not plain:
-            difference_P = _bigram_counts(candidates_C)[candidate_P] - self._lengths_R[reference_P]
-            similarity_PO *= np.exp(-(difference_P**2) / (2 * _CIDER_SIGMA**2))[:, None]
-        sums_C = np.bincount(candidate_P, weights=similarity_PO.mean(axis=1), minlength=len(candidates_C))
-        return 10 * sums_C / references_C
-
-    def _candidate_entries(self, candidates_C: list[Tokens]) -> _Entries:
-        unseen: dict[Gram, int] = {}
-        counts = _count_grams(candidates_C, self._ids, unseen)
-        rarity_G = np.concatenate([self._rarity_G[: len(self._ids)], np.full(len(unseen), self._rarity_unseen)])
-        return counts._replace(weight_E=counts.weight_E * rarity_G[counts.gram_E])
-
-    def _dot_products(self, candidates: _Entries, candidate_P: Ints, reference_P: Ints, plain: bool) -> Floats:
-        """Sum over common n-grams, for each (candidate, reference) pair P and each order."""
-        first_P = self._first_entry_R[reference_P]
-        entries_P = self._first_entry_R[reference_P + 1] - first_P
-        entry_E = _ranges(first_P, entries_P)
-        pair_E = np.repeat(np.arange(len(candidate_P)), entries_P)
-        grams = int(max(candidates.gram_E.max(initial=0), len(self._ids))) + 1
-        candidate_key = candidates.caption_E * grams + candidates.gram_E
-        order = np.argsort(candidate_key)
-        wanted_E = candidate_P[pair_E] * grams + self._entries.gram_E[entry_E]
-        place_E = np.searchsorted(candidate_key, wanted_E, sorter=order)
-        inside = place_E < len(order)
-        entry_E, pair_E, wanted_E, place_E = (array[inside] for array in (entry_E, pair_E, wanted_E, place_E))
-        found = candidate_key[order[place_E]] == wanted_E
-        entry_E, pair_E, place_E = entry_E[found], pair_E[found], place_E[found]
-        reference_weight_E = self._entries.weight_E[entry_E]
-        candidate_weight_E = candidates.weight_E[order[place_E]]
-        if not plain:
-            candidate_weight_E = np.minimum(candidate_weight_E, reference_weight_E)
-        cell_E = pair_E * _MAX_ORDER + self._entries.order_E[entry_E]
-        products_E = candidate_weight_E * reference_weight_E
-        sums = np.bincount(cell_E, weights=products_E, minlength=len(candidate_P) * _MAX_ORDER)
-        return np.asarray(sums, dtype=np.float64).reshape(-1, _MAX_ORDER)
-
-
-def _count_grams(captions: Sequence[Tokens], known: Mapping[Gram, int], new: dict[Gram, int]) -> _Entries:
-    """Entries whose weights are raw counts; n-grams not among the `known` are numbered after them, in `new`."""
-    rows: list[tuple[int, int, int, int]] = []
-    for row, tokens in enumerate(captions):
-        for gram, count in _gram_counts(tokens).items():
-            number = known.get(gram)
-            if number is None:
-                number = new.setdefault(gram, len(known) + len(new))
-            rows.append((row, number, len(gram) - 1, count))
-    table = np.array(rows, dtype=np.int64).reshape(-1, 4)
-    return _Entries(table[:, 0], table[:, 1], table[:, 2], table[:, 3].astype(np.float64))
-
-
-def _norms(entries: _Entries, captions: int) -> Floats:
-    """Euclidean length of each caption's vector of each order, (captions, 4)."""
-    cell_E = entries.caption_E * _MAX_ORDER + entries.order_E
-    squares = np.bincount(cell_E, weights=entries.weight_E**2, minlength=captions * _MAX_ORDER)
-    return np.sqrt(squares).reshape(-1, _MAX_ORDER)
-
-
-def _bigram_counts(captions: Sequence[Tokens]) -> Floats:
-    """The length the penalty of CIDEr-D compares, which the reference scorer takes from the bigrams."""
-    return np.array([max(0, len(tokens) - 1) for tokens in captions], dtype=np.float64)
-
-
-def _ranges(starts: Ints, sizes: Ints) -> Ints:
-    """The integers of [start, start + size) for every start, one after the other."""
-    return np.arange(sizes.sum()) + np.repeat(starts - np.cumsum(sizes) + sizes, sizes)
+def _mean_cider(references_N: list[list[Tokens]], candidates_N: list[Tokens], *, plain: bool) -> float:
+    """Mean over images, with the document frequencies of these images."""
+    frequencies = DocumentFrequencies.count(references_N)
+    scores = []
+    for references, candidate in zip(references_N, candidates_N, strict=True):
+        wanted = [vector(tokens, frequencies) for tokens in references]
+        scores.append(cider(vector(candidate, frequencies), wanted, plain=plain))
+    return float(np.mean(scores))

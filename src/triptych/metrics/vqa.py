@@ -9,16 +9,16 @@ text, at most 32 periods are removed, ten is a number word and eleven is not, an
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
+
+from triptych.metrics.files import read_json
 
 Rules = Literal["2021", "2016"]
 T = TypeVar("T")
@@ -312,7 +312,7 @@ def _as_number(question: str) -> int | str:
 
 def _entries(path: str | Path, name: str | None) -> Iterator[tuple[str, Mapping[str, Any], str]]:
     """Question id, entry and its place for messages, of the list `name` of the file or of the file that is a list."""
-    content = _read_json(path)
+    content = read_json(path)
     if name is None:
         expected, entries = "list", content
     else:
@@ -329,14 +329,6 @@ def _entries(path: str | Path, name: str | None) -> Iterator[tuple[str, Mapping[
             raise ValueError(f"{where}: question_id {question!r} occurs a second time")
         seen.add(question)
         yield question, entry, where
-
-
-def _read_json(path: str | Path) -> Any:
-    content = Path(path).read_bytes()
-    try:
-        return json.loads(gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content)
-    except (ValueError, OSError, EOFError, zlib.error, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
 
 
 def _id(entry: Mapping[str, Any], field: str, where: str) -> str:

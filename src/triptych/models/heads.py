@@ -1,11 +1,12 @@
 """Heads that tasks put on a network.
 
-Shape legend: X any number of rows, P pooled width, K classes.
+Shape legend: X any number of rows, P pooled width, K classes; a box is 4 numbers.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from triptych.models.layers import init_weights
 
@@ -29,3 +30,21 @@ class ClassifierHead(nn.Module):
 
     def forward(self, pooled_XP: Tensor) -> Tensor:
         return self.classify(self.activation(self.norm(self.expand(self.dropout(pooled_XP)))))
+
+
+class BoxHead(nn.Module):
+    """Three linear layers with ReLU between them, on pooled states ``[X, P]``: boxes ``[X, 4]``, numbers of 0..1.
+
+    Source: djiajunustc/TransVG ``models/trans_vg.py`` (MLP, bbox_embed).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
+        self.box = nn.Linear(width, 4)
+        init_weights(self, width)
+
+    def forward(self, pooled_XP: Tensor) -> Tensor:
+        hidden_XP = F.relu(self.second(F.relu(self.first(pooled_XP))))
+        return self.box(hidden_XP).float().sigmoid()

@@ -320,11 +320,16 @@ class PostNormBlock(nn.Module):
         *,
         causal: bool = False,
         cache: KeyValueCache | None = None,
+        second: tuple[Encoded, Attention] | None = None,
     ) -> Tensor:
+        """``second`` is another memory with an attention of its own; the mean of what both attend to goes on."""
         attended_BLD = self.attention(x_BLD, mask=mask_BL, causal=causal, cache=cache)
         x_BLD = self.attention_norm(x_BLD + self.dropout(attended_BLD))
         if self.cross_attention is not None and self.cross_norm is not None:
             crossed_BLD = self.cross_attention(x_BLD, memory, memory_mask_BM)
+            if second is not None:
+                other, attention = second
+                crossed_BLD = (crossed_BLD + attention(x_BLD, other.hidden_BLD, other.mask_BL)) / 2
             x_BLD = self.cross_norm(x_BLD + self.dropout(crossed_BLD))
         return self.ffn_norm(x_BLD + self.dropout(self.ffn(x_BLD)))
 

@@ -9,6 +9,7 @@ X selected tokens, P pooled width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_args
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from triptych.models.layers import Memory, init_weights, run_block
+from triptych.models.layers import Attention, Memory, init_weights, run_block
 from triptych.models.protocol import Encoded, Fused, Part, VisionLanguageModel
 from triptych.models.text import LanguageHead, TextConfig, TextDecoder, TextEncoder
 from triptych.models.vision import VisionConfig, VisionTransformer, resize_positions
@@ -87,17 +88,28 @@ class WidthBridge(nn.Module):
 
 
 class AsymmetricLayer(nn.Module):
-    """The text attends to itself, then to the image; the image is left as it is (paper section 2.2)."""
+    """The text attends to itself, then to the image; the image is left as it is (paper section 2.2).
+
+    Of a pair of images, the text attends to each with an attention of its own, and the mean of the two goes on (paper
+    section 5.2.5, "as BLIP": salesforce/BLIP ``models/nlvr_encoder.py``, of which these are the lower six layers).
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.block = config.block(cross=True)
 
-    def forward(self, image: Encoded, text: Encoded, image_rows_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        image: Encoded,
+        text: Encoded,
+        image_rows_B: Tensor | None,
+        second: tuple[Encoded, Attention] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """``second`` is the other image of a pair, and the attention to it."""
         memory: Tensor | Memory = image.hidden_BLD
         if image_rows_B is not None:  # keys and values once an image, however many texts it meets
             memory = self.block.remember(image).select(image_rows_B)
-        return image.hidden_BLD, self.block(text.hidden_BLD, text.mask_BL, memory, image.mask_BL)
+        return image.hidden_BLD, self.block(text.hidden_BLD, text.mask_BL, memory, image.mask_BL, second=second)
 
 
 class ConnectedLayer(nn.Module):
@@ -164,6 +176,35 @@ class FusionNetwork(nn.Module):
         if image_rows_B is not None:
             image = image.rows(image_rows_B)
         return Fused(image.hidden_BLD, text.hidden_BLD, text.hidden_BLD[:, 0], image.mask_BL, text.mask_BL)
+
+    def pair_attention(self) -> nn.ModuleList:
+        """A copy of each asymmetric layer's cross-attention."""
+        if any(isinstance(layer, CoAttentionLayer) for layer in self.layers):
+            raise ValueError("co-attention takes one picture: fuse a text with each by itself")
+        blocks = [layer.block for layer in self.layers if isinstance(layer, AsymmetricLayer)]
+        copies = [copy.deepcopy(block.cross_attention) for block in blocks if block.cross_attention is not None]
+        return nn.ModuleList(copies).requires_grad_(True)
+
+    def fuse_pair(self, first: Encoded, second: Encoded, text: Encoded, attention: nn.ModuleList) -> Fused:
+        """Fuse each text with two images.
+
+        The paper does not say what a connected layer does with two; here it is one self-attention over
+        ``[first; second; text]``.
+        """
+        attentions = iter(attention)
+        split = [first.hidden_BLD.shape[1], second.hidden_BLD.shape[1]]
+        for layer in self.layers:
+            if isinstance(layer, AsymmetricLayer):
+                other = (second, next(attentions))
+                _, text_BLD = run_block(layer, first, text, None, other, checkpointing=self.checkpointing)
+            else:
+                both = Encoded.join(first, second)
+                both_BND, text_BLD = run_block(layer, both, text, checkpointing=self.checkpointing)
+                first_BND, second_BND = both_BND.split(split, dim=1)
+                first, second = Encoded(first_BND, first.mask_BL), Encoded(second_BND, second.mask_BL)
+            text = Encoded(text_BLD, text.mask_BL)
+        both = Encoded.join(first, second)
+        return Fused(both.hidden_BLD, text.hidden_BLD, text.hidden_BLD[:, 0], both.mask_BL, text.mask_BL)
 
 
 class MaskedLanguageHead(nn.Module):
@@ -239,6 +280,12 @@ class MPlug(VisionLanguageModel):
     def fuse(self, image: Encoded, text: Encoded, image_rows_B: Tensor | None = None) -> Fused:
         return self.fusion(image, text, image_rows_B)
 
+    def pair_attention(self) -> nn.ModuleList:
+        return self.fusion.pair_attention()
+
+    def fuse_pair(self, first: Encoded, second: Encoded, text: Encoded, attention: nn.ModuleList) -> Fused:
+        return self.fusion.fuse_pair(first, second, text, attention)
+
     def match_logits(self, fused: Fused) -> Tensor:
         return self.match_head(fused.pooled_BP)
 
@@ -262,7 +309,7 @@ _TINY_TEXT = replace(_SMALL_TEXT, vocab_size=256, width=128, heads=2, ffn=512, m
 
 SIZES: dict[str, MPlugConfig] = {
     "tiny": MPlugConfig(
-        VisionConfig(width=128, layers=4, heads=2, patch=12, image_size=48, stem="convolution"),
+        VisionConfig(width=128, layers=4, heads=2, patch=16, image_size=48, stem="convolution"),
         _TINY_TEXT,
         text_layers=2,
         fusion_layers=3,

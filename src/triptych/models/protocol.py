@@ -187,6 +187,28 @@ class VisionLanguageModel(nn.Module, ABC):
         Giving the rows instead of copied images lets work that depends on the image alone be done once an image.
         """
 
+    def pair_attention(self) -> nn.ModuleList:
+        """What :meth:`fuse_pair` needs beside the model: a copy of each cross-attention, for the second picture.
+
+        Raises:
+            ValueError: this kind of fusion takes one picture.
+        """
+        raise self._takes_one_picture()
+
+    def fuse_pair(self, first: Encoded, second: Encoded, text: Encoded, attention: nn.ModuleList) -> Fused:
+        """Fuse each text with two pictures at once; ``image_BND`` has the tokens of both, one after the other.
+
+        Args:
+            attention: of the second picture, from :meth:`pair_attention`; whoever asked for it trains and saves it.
+
+        Raises:
+            ValueError: as of :meth:`pair_attention`.
+        """
+        raise self._takes_one_picture()
+
+    def _takes_one_picture(self) -> ValueError:
+        return ValueError(f"the fusion of this {self.model_type} takes one picture: fuse a text with each by itself")
+
     @abstractmethod
     def match_logits(self, fused: Fused) -> Tensor:
         """``[B, 2]``: column 1 says that image and text belong together."""

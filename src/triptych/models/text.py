@@ -56,12 +56,16 @@ class TextEmbeddings(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, ids_BL: Tensor, start: int = 0) -> Tensor:
-        """``start`` is the position of the first id, for decoding one token at a time."""
+    def forward(self, ids_BL: Tensor, start: int = 0, word_VD: Tensor | None = None) -> Tensor:
+        """``start`` is the position of the first id, for decoding one token at a time.
+
+        ``word_VD`` is what the ids are rows of, where that is not the own word embeddings.
+        """
         end = start + ids_BL.shape[1]
         if end > self.position.num_embeddings:
             raise ValueError(f"a text of {end} tokens is longer than the {self.position.num_embeddings} positions")
-        x_BLD = self.word(ids_BL) + self.position.weight[start:end] + self.segment
+        word_BLD = self.word(ids_BL) if word_VD is None else F.embedding(ids_BL, word_VD)
+        x_BLD = word_BLD + self.position.weight[start:end] + self.segment
         return self.dropout(self.norm(x_BLD))
 
 
@@ -93,10 +97,10 @@ class LanguageHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         init_weights(self, config.width)
 
-    def forward(self, hidden_XD: Tensor, word_VD: Tensor) -> Tensor:
-        """[..., D] states to [..., V] logits over the given word embeddings."""
+    def forward(self, hidden_XD: Tensor, word_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
+        """[..., D] states to [..., V] logits over the given word embeddings, with their bias if not the own one."""
         hidden_XD = self.norm(F.gelu(self.transform(hidden_XD)))
-        return F.linear(hidden_XD, word_VD, self.bias)
+        return F.linear(hidden_XD, word_VD, self.bias if bias_V is None else bias_V)
 
 
 @dataclass
@@ -137,7 +141,13 @@ class TextDecoder(nn.Module):
         self.checkpointing = False
         init_weights(self, config.width)
 
-    def forward(self, ids_BL: Tensor, memory: Encoded | Sequence[Memory], mask_BL: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids_BL: Tensor,
+        memory: Encoded | Sequence[Memory],
+        mask_BL: Tensor | None = None,
+        word_VD: Tensor | None = None,
+    ) -> Tensor:
         """States [B, L, D] of every position of a given text (training, scoring).
 
         Padding at the end needs no mask, since a causal model never looks ahead; with a mask, padding does not
@@ -146,8 +156,9 @@ class TextDecoder(nn.Module):
         Args:
             memory: what to attend to; or what :meth:`remember` kept of it, and then B may be a multiple of its rows:
                 consecutive texts share one memory.
+            word_VD: what the ids are rows of, where that is not the decoder's vocabulary.
         """
-        x_BLD = self.embeddings(ids_BL)
+        x_BLD = self.embeddings(ids_BL, word_VD=word_VD)
         mask_BM = memory.mask_BL if isinstance(memory, Encoded) else None
         attended = [memory.hidden_BLD] * len(self.blocks) if isinstance(memory, Encoded) else memory
         for block, own in zip(self.blocks, attended, strict=True):

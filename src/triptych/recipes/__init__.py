@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from triptych.recipes import flickr8k, mplug, shapes
+from triptych.recipes import flickr8k, mplug, shapes, small, unimodal
 from triptych.training.runs import Recipe
 
 PRETRAINING: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
@@ -22,8 +22,12 @@ CAPTIONING: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
     {
         "coco_base": mplug.caption_coco_base,
         "coco_large": mplug.caption_coco_large,
+        "coco_base_self_critical": mplug.self_critical_coco_base,
+        "coco_large_self_critical": mplug.self_critical_coco_large,
         "flickr8k": flickr8k.caption_flickr8k,
+        "flickr8k_self_critical": small.self_critical_flickr8k,
         "shapes_tiny": shapes.caption_shapes_tiny,
+        "shapes_tiny_self_critical": shapes.self_critical_shapes_tiny,
     }
 )
 
@@ -33,6 +37,7 @@ RETRIEVAL: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
         "coco_large": mplug.retrieval_coco_large,
         "flickr8k": flickr8k.retrieval_flickr8k,
         "shapes_tiny": shapes.retrieval_shapes_tiny,
+        "shapes_tiny_itm": shapes.retrieval_itm_shapes_tiny,
     }
 )
 
@@ -40,6 +45,8 @@ VQA: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
     {
         "vqa_v2_base": mplug.vqa_v2_base,
         "vqa_v2_large": mplug.vqa_v2_large,
+        "easy_vqa": small.easy_vqa,
+        "daquar": small.daquar,
         "shapes_tiny": shapes.vqa_shapes_tiny,
     }
 )
@@ -48,12 +55,45 @@ ENTAILMENT: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
     {
         "snli_ve_base": mplug.snli_ve_base,
         "snli_ve_large": mplug.snli_ve_large,
+        "snli_ve_flickr8k": small.snli_ve_flickr8k,
         "shapes_tiny": shapes.entailment_shapes_tiny,
     }
 )
 
+GROUNDING: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
+    {
+        "refcoco_base": mplug.refcoco_base,
+        "refcoco_large": mplug.refcoco_large,
+        "nlvr_boxes": small.nlvr_boxes,
+        "coco_boxes": small.coco_boxes,
+        "shapes_tiny": shapes.grounding_shapes_tiny,
+    }
+)
+
+NLVR2: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
+    {
+        "nlvr2_base": mplug.nlvr2_base,
+        "nlvr2_large": mplug.nlvr2_large,
+        "nlvr": small.nlvr,
+        "shapes_tiny": shapes.nlvr2_shapes_tiny,
+    }
+)
+
+IMAGE_CLASSIFICATION: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
+    {"cifar_base": unimodal.cifar_base, "cifar_probe_base": unimodal.cifar_probe_base}
+)
+
 FINETUNING: Mapping[str, Mapping[str, Callable[[], Recipe]]] = MappingProxyType(
-    {"caption": CAPTIONING, "retrieval": RETRIEVAL, "vqa": VQA, "entailment": ENTAILMENT}
+    {
+        "caption": CAPTIONING,
+        "retrieval": RETRIEVAL,
+        "vqa": VQA,
+        "entailment": ENTAILMENT,
+        "grounding": GROUNDING,
+        "nlvr2": NLVR2,
+        "image_classification": IMAGE_CLASSIFICATION,
+        "text_classification": unimodal.GLUE,
+    }
 )
 
 

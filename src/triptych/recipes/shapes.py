@@ -9,9 +9,14 @@ from triptych.generation import BeamSearch
 from triptych.models.mplug import SIZES
 from triptych.objectives.alignment import AlignmentConfig
 from triptych.objectives.pretraining import PretrainingConfig
+from triptych.objectives.ranking import RankingConfig
 from triptych.tasks.captioning import CaptioningConfig
 from triptych.tasks.entailment import EntailmentConfig
+from triptych.tasks.grounding import GroundingConfig
+from triptych.tasks.nlvr2 import Nlvr2Config
+from triptych.tasks.registry import TaskConfig
 from triptych.tasks.retrieval import RetrievalConfig
+from triptych.tasks.self_critical import SelfCriticalConfig
 from triptych.tasks.vqa import VqaConfig
 from triptych.training.loop import TrainConfig
 from triptych.training.optim import OptimConfig
@@ -50,49 +55,71 @@ def shapes_tiny() -> Recipe:
     )
 
 
-def caption_shapes_tiny() -> Recipe:
-    """Captions from the picture alone (mPLUG's fine-tuning), starting from :func:`shapes_tiny`; four minutes.
+def _finetuning(name: str, objective: TaskConfig | AlignmentConfig | RankingConfig, steps: int) -> Recipe:
+    """Fine-tuning from a model of Shapes.
 
-    The rates are those of pre-training: what is still to be learned, telling shapes apart, is in the vision encoder.
+    The rates are 0.4 times those of pre-training: at the full rates questions took three times as many steps.
     """
     recipe = shapes_tiny()
     return replace(
         recipe,
-        name="caption_shapes_tiny",
-        objective=CaptioningConfig(context="image", search=BeamSearch(3, 1, _WORDS + 2)),
-        train=replace(recipe.train, steps=1600, log_every=50, checkpoint_every=400),
+        name=name,
+        objective=objective,
+        train=replace(recipe.train, steps=steps, log_every=50, checkpoint_every=250),
+        optim=replace(recipe.optim, lr=4e-4, muon_lr=0.004),
+    )
+
+
+def caption_shapes_tiny() -> Recipe:
+    """Captions from the picture alone (mPLUG's fine-tuning), starting from :func:`shapes_tiny`; two minutes."""
+    return _finetuning("caption_shapes_tiny", CaptioningConfig("image", search=BeamSearch(3, 1, _WORDS + 2)), 600)
+
+
+def self_critical_shapes_tiny() -> Recipe:
+    """Self-critical training, starting from :func:`caption_shapes_tiny`; a minute."""
+    search = BeamSearch(3, 1, _WORDS + 2)
+    objective = SelfCriticalConfig(CaptioningConfig("image", search=search), explore=BeamSearch(5, 1, _WORDS + 2))
+    recipe = _finetuning("self_critical_shapes_tiny", objective, 60)
+    return replace(
+        recipe,
+        train=replace(recipe.train, batch_size=32, log_every=10),
+        optim=replace(recipe.optim, lr=2e-5, muon_lr=2e-4, warmup_steps=5),
     )
 
 
 def retrieval_shapes_tiny() -> Recipe:
     """Retrieval (ITC and ITM), starting from :func:`shapes_tiny`; a minute."""
-    recipe = shapes_tiny()
-    return replace(
-        recipe,
-        name="retrieval_shapes_tiny",
-        objective=AlignmentConfig(queue_size=2048, momentum=0.99, alpha_warmup=0),
-        train=replace(recipe.train, steps=200),
-        optim=replace(recipe.optim, lr=3e-4, muon_lr=3e-3, warmup_steps=20),
-    )
+    objective = AlignmentConfig(queue_size=2048, momentum=0.99, alpha_warmup=0)
+    recipe = _finetuning("retrieval_shapes_tiny", objective, 200)
+    return replace(recipe, optim=replace(recipe.optim, lr=3e-4, muon_lr=3e-3, warmup_steps=20))
+
+
+def retrieval_itm_shapes_tiny() -> Recipe:
+    """Retrieval by matching alone (BridgeTower's ITM-only), starting from :func:`shapes_tiny`; two minutes."""
+    recipe = _finetuning("retrieval_itm_shapes_tiny", RankingConfig(false_texts=7), 200)
+    return replace(recipe, retrieval=replace(recipe.retrieval, candidates=1000))
 
 
 def vqa_shapes_tiny() -> Recipe:
-    """Questions about Shapes answered freely, four of a picture in a step, starting from :func:`shapes_tiny`."""
-    recipe = shapes_tiny()
-    return replace(
-        recipe,
-        name="vqa_shapes_tiny",
-        objective=VqaConfig(per_picture=4, search=BeamSearch(1, 1, 8)),
-        train=replace(recipe.train, steps=1000, log_every=50, checkpoint_every=250),
-    )
+    """Questions answered freely, four of a picture in a step, starting from :func:`shapes_tiny`; four minutes."""
+    return _finetuning("vqa_shapes_tiny", VqaConfig(per_picture=4, search=BeamSearch(1, 1, 8)), 900)
+
+
+def grounding_shapes_tiny() -> Recipe:
+    """Phrases located in the picture, starting from :func:`vqa_shapes_tiny`, which has learned to look; two minutes.
+
+    A coordinate token for each pixel. Unweighted: from so few steps the weights slow it down (after 300, from
+    captions: 72 instead of 93 %).
+    """
+    objective = GroundingConfig(bins=48, weighting="none", per_picture=4, augment=False)
+    return _finetuning("grounding_shapes_tiny", objective, 300)
+
+
+def nlvr2_shapes_tiny() -> Recipe:
+    """Statements about two pictures, starting from :func:`vqa_shapes_tiny`; three minutes."""
+    return _finetuning("nlvr2_shapes_tiny", Nlvr2Config("merged", swap=True), 600)
 
 
 def entailment_shapes_tiny() -> Recipe:
-    """Hypotheses about Shapes, three of a picture in a step, starting from :func:`shapes_tiny`."""
-    recipe = shapes_tiny()
-    return replace(
-        recipe,
-        name="entailment_shapes_tiny",
-        objective=EntailmentConfig(per_picture=3),
-        train=replace(recipe.train, steps=600, log_every=50),
-    )
+    """Hypotheses, three of a picture in a step, starting from :func:`vqa_shapes_tiny`; a minute."""
+    return _finetuning("entailment_shapes_tiny", EntailmentConfig(per_picture=3), 300)

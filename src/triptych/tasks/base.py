@@ -6,9 +6,11 @@ Shape legend: B pictures (or clips, of F frames), Q items (questions, statements
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
@@ -22,6 +24,9 @@ from triptych.data.sources import Source
 from triptych.data.tokenizers import Tokenizer
 from triptych.data.transforms import FrameChoice, Preprocessing, Transform
 from triptych.models.protocol import Fused, Part, VisionLanguageModel
+from triptych.progress import counted
+
+_AT_ONCE = 32
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch", bound="ItemBatch")
@@ -77,6 +82,9 @@ class Task(nn.Module, ABC):
         """The configuration with what only the training data can say, such as a list of answers."""
         return config
 
+    def study(self, records: Iterable[Record], file: Path) -> None:
+        """What training needs to know of its data and no checkpoint holds; found once and kept in ``file``."""
+
     @property
     def kept(self) -> nn.Module:
         """What training averages, evaluates and saves."""
@@ -86,6 +94,10 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def uses(self) -> tuple[Part, ...]:
         """The parts of the model that run: training freezes the others, which would never get a gradient."""
+
+    def freeze_rest(self) -> None:
+        """Freeze what the task never runs. Training calls it: a task also evaluates models that are being trained."""
+        self.model.train_only(*self.uses)
 
     @abstractmethod
     def forward(self, batch: Any, step: int = 0, part: int = 0) -> dict[str, Tensor]:
@@ -168,16 +180,27 @@ class ItemPipeline(Generic[Item]):
         items = list(self.items(record))
         with seeded(seed):
             pixels = show(record, self.transform, self.frames)
-            if 0 < self.per_picture < len(items):
-                items = [items[index] for index in torch.randperm(len(items))[: self.per_picture].tolist()]
+            items = draw(items, self.per_picture)
         return Shown(pixels, tuple(items))
 
     def collate(self, examples: list[Shown[Item]]) -> Any:
         """One batch."""
-        counts_B = torch.tensor([len(example.items) for example in examples])
-        picture_Q = torch.arange(len(examples)).repeat_interleave(counts_B)
-        items = [item for example in examples for item in example.items]
-        return self.batch(stack([example.pixels for example in examples]), picture_Q, items)
+        return self.batch(*gather(examples))
+
+
+def draw(items: list[Item], count: int) -> list[Item]:
+    """So many of a picture's items in a random order; all, as they are, for 0 or where there are no more."""
+    if not 0 < count < len(items):
+        return items
+    return [items[index] for index in torch.randperm(len(items))[:count].tolist()]
+
+
+def gather(examples: Sequence[Shown[Item]]) -> tuple[Tensor, Tensor, list[Item]]:
+    """Pixels of all pictures, which picture each item is about, and the items."""
+    counts_B = torch.tensor([len(example.items) for example in examples])
+    picture_Q = torch.arange(len(examples)).repeat_interleave(counts_B)
+    items = [item for example in examples for item in example.items]
+    return stack([example.pixels for example in examples]), picture_Q, items
 
 
 class ItemTask(Task, Generic[Item, Batch]):
@@ -199,16 +222,31 @@ class ItemTask(Task, Generic[Item, Batch]):
     def report(self, items: Sequence[Item], predictions: Sequence[Any]) -> Report:
         """Score predictions."""
 
-    def training_pipeline(self, transform: Transform, max_words: int, max_tokens: int) -> ItemPipeline[Item]:
+    @abstractmethod
+    def commonest(self, seen: Sequence[Item]) -> Callable[[Item], Any]:
+        """What predicts, without a model, the commonest answer of items of the training data.
+
+        Raises:
+            ValueError: none of them has an answer.
+        """
+
+    def read_items(self, source: Source, *, limit: int = 0) -> list[Item]:
+        """The items of a data set, or of so many of its pictures, as :meth:`evaluate` meets them."""
+        pipeline = self._evaluation_pipeline()
+        batches = _first(read_once(source, pipeline.prepare, list, batch_size=_AT_ONCE), limit)
+        return [item for shown in batches for example in shown for item in example.items]
+
+    def training_pipeline(self, transform: Transform, max_words: int, max_tokens: int) -> Pipeline:
         batch = partial(self.batch, max_tokens=max_tokens)
         return ItemPipeline(self.items(), transform, batch, self.config.per_picture, self.preprocessing.frames)
 
-    def evaluate(self, source: Source, *, limit: int = 0, blank: bool = False, pictures: int = 32) -> Report:
+    def evaluate(self, source: Source, *, limit: int = 0, blank: bool = False, pictures: int = _AT_ONCE) -> Report:
         """Predict for every item of a data set and score; ``pictures`` are encoded at once."""
         pipeline = self._evaluation_pipeline()
         asked: list[Item] = []
         predictions: list[Any] = []
-        for shown in _first(read_once(source, pipeline.prepare, list, batch_size=pictures), limit):
+        batches = _first(read_once(source, pipeline.prepare, list, batch_size=pictures), limit)
+        for shown in counted(batches, f"evaluating {self.name}", at_most(source.size, limit), len):
             batch = pipeline.collate(shown)
             if blank:
                 batch = replace(batch, pixels=torch.full_like(batch.pixels, 128))
@@ -216,9 +254,12 @@ class ItemTask(Task, Generic[Item, Batch]):
             asked += [item for example in shown for item in example.items]
         return self.report(asked, predictions)
 
-    def fuse(self, batch: Batch, text: Tokens) -> Fused:
-        """The text of each item with its picture, which is encoded once."""
-        image = self.model.encode_image(self.preprocessing.normalize(batch.pixels))
+    def fuse(self, batch: Batch, text: Tokens, preprocessing: Preprocessing | None = None) -> Fused:
+        """The text of each item with its picture, which is encoded once.
+
+        ``preprocessing`` says how pixels are normalised, where that is not the task's own.
+        """
+        image = self.model.encode_image((preprocessing or self.preprocessing).normalize(batch.pixels))
         return self.model.fuse(image, self.model.encode_text(text.ids_BL, text.mask_BL), batch.picture_Q)
 
     def answer(self, records: Sequence[Record]) -> list[Any]:
@@ -227,11 +268,23 @@ class ItemTask(Task, Generic[Item, Batch]):
         batch = pipeline.collate([pipeline.prepare(record, 0) for record in records])
         return self.predict(batch.to(self.device))
 
-    def _evaluation_pipeline(self) -> ItemPipeline[Item]:
+    def _evaluation_pipeline(self) -> Pipeline:
         """All items of a picture, with inputs as long as the model can read."""
         batch = partial(self.batch, max_tokens=self.model.max_text)
         transform, frames = self.preprocessing.test_transform(), self.preprocessing.frames
         return ItemPipeline(self.items(), transform, batch, 0, frames)
+
+
+def most_common(answers: Iterable[Any]) -> Any:
+    """The commonest of some answers, the earliest of equals; those that are None do not count.
+
+    Raises:
+        ValueError: there are none.
+    """
+    counts = Counter(answer for answer in answers if answer is not None)
+    if not counts:
+        raise ValueError("the training data have no answers: there is no commonest one")
+    return counts.most_common(1)[0][0]
 
 
 def mean_credits(judged: Sequence[tuple[str | None, float]], name: str) -> dict[str, float]:
@@ -240,6 +293,11 @@ def mean_credits(judged: Sequence[tuple[str | None, float]], name: str) -> dict[
     groups = {name: [credit for _, credit in judged]}
     groups |= {kind: [credit for own, credit in judged if own == kind] for kind in kinds}
     return {key: round(100 * sum(values) / len(values), 4) for key, values in groups.items() if values}
+
+
+def at_most(size: int | None, limit: int) -> int | None:
+    """How many pictures an evaluation looks at, if that is known; a limit of 0 is none."""
+    return min(size, limit) if size is not None and limit else size or limit or None
 
 
 def _first(batches: Iterator[list[Shown[Item]]], limit: int) -> Iterator[list[Shown[Item]]]:

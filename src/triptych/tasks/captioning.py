@@ -7,7 +7,7 @@ Shape legend: B batch, F frames, C channels, H height, W width, L tokens, D widt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +26,8 @@ from triptych.generation import BeamSearch, Hypothesis, Sampling, SpecialIds, ge
 from triptych.metrics.captions import score_captions
 from triptych.models.protocol import Encoded, Part, VisionLanguageModel
 from triptych.objectives.distributed import mean_over_all
-from triptych.tasks.base import Pipeline, Report, Task
+from triptych.progress import counted
+from triptych.tasks.base import Pipeline, Report, Task, at_most
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,12 @@ class Captioning(Task):
         )
 
     def evaluate(self, source: Source, *, limit: int = 0, blank: bool = False) -> Report:
-        pictures = read_pictures(source, self.preprocessing, limit=limit)
+        pictures = counted(
+            read_pictures(source, self.preprocessing, limit=limit),
+            f"evaluating {self.name}",
+            at_most(source.size, limit),
+            lambda batch: len(batch[0]),
+        )
         report = evaluate_captions(self, pictures, blank=blank)
         return Report(report.scores, report.results())
 
@@ -114,7 +120,7 @@ class Captioning(Task):
     def hypotheses(self, pixels: Tensor) -> list[list[Hypothesis]]:
         """What the search finds for uint8 pixels, best first."""
         assert self.model.decoder is not None
-        with torch.inference_mode():
+        with torch.no_grad():
             memory = self._memory(self.preprocessing.normalize(pixels))
         start_BL = self._ids(self.config.start, pixels)
         return generate(self.model.decoder, memory, self.config.search, self.special, prompt_BL=start_BL)
@@ -165,6 +171,10 @@ def evaluate_captions(
 ) -> CaptionReport:
     """Caption every picture once and score against all its references.
 
+    Where records name their ``domain`` (NoCaps), ``CIDEr/in-domain`` and so on are of the pictures of one domain, with
+    the document frequencies of these alone, as when a file of each is scored. Without any references, as in NoCaps'
+    published files, nothing is scored.
+
     Args:
         batches: records and their uint8 pixels.
         blank: show the model a grey picture instead, to see what it says without looking.
@@ -172,6 +182,7 @@ def evaluate_captions(
     device = next(task.parameters()).device
     predictions: dict[str, str] = {}
     references: dict[str, tuple[str, ...]] = {}
+    domains: dict[str, str] = {}
     for records, pixels in batches:
         pixels = torch.full_like(pixels, 128) if blank else pixels
         captions = task.caption(pixels.to(device))
@@ -179,4 +190,19 @@ def evaluate_captions(
             predictions[record.image_id] = caption
             # A list may have one record a caption: all of them are references of the picture.
             references[record.image_id] = (*references.get(record.image_id, ()), *record.captions)
-    return CaptionReport(score_captions(references, predictions), predictions, references)
+            if record.extra.get("domain"):
+                domains[record.image_id] = str(record.extra["domain"])
+    return CaptionReport(_scores(references, predictions, domains), predictions, references)
+
+
+def _scores(
+    references: Mapping[str, Sequence[str]], predictions: Mapping[str, str], domains: Mapping[str, str]
+) -> dict[str, float]:
+    """All scores of all pictures, and CIDEr of each domain."""
+    if predictions and not any(references.values()):
+        return {}
+    scores = score_captions(references, predictions)
+    for domain in sorted(set(domains.values())):
+        own = {image: predictions[image] for image in references if domains.get(image) == domain}
+        scores[f"CIDEr/{domain}"] = score_captions(references, own, allow_missing=True)["CIDEr"]
+    return scores

@@ -24,7 +24,7 @@ from triptych.data.transforms import Preprocessing
 from triptych.models.heads import ClassifierHead
 from triptych.models.protocol import Part, VisionLanguageModel
 from triptych.objectives.distributed import mean_over_all
-from triptych.tasks.base import ItemBatch, ItemTask, Report, mean_credits
+from triptych.tasks.base import ItemBatch, ItemTask, Report, mean_credits, most_common
 
 _UNKNOWN = -100
 
@@ -131,7 +131,7 @@ class Entailment(ItemTask[Hypothesis, EntailmentBatch]):
         loss_X = F.cross_entropy(self._logits(batch)[known_Q], batch.label_Q[known_Q], reduction="none")
         return {"entailment": mean_over_all(loss_X)}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, batch: EntailmentBatch) -> list[str]:
         """A label for each hypothesis."""
         return [ENTAILMENT[index] for index in self._logits(batch).argmax(1).tolist()]
@@ -145,6 +145,10 @@ class Entailment(ItemTask[Hypothesis, EntailmentBatch]):
             if item.label is not None
         ]
         return Report(mean_credits(judged, "accuracy"), results, [credit for _, credit in judged])
+
+    def commonest(self, seen: Sequence[Hypothesis]) -> Callable[[Hypothesis], str]:
+        label = most_common(item.label for item in seen)
+        return lambda item: ENTAILMENT[label]
 
     def _logits(self, batch: EntailmentBatch) -> Tensor:
         return self.head(self.fuse(batch, batch.hypothesis).pooled_BP).float()

@@ -30,13 +30,16 @@ class RetrievalConfig:
     Attributes:
         candidates: K, re-ranked for each query (official: 256; paper: 256 for COCO, 128 for Flickr30k); 0 ranks by
             embeddings alone.
-        add_similarity: add the embeddings' similarity to the matching score (official: no).
+        add_similarity: add the embeddings' similarity to the matching score (official: no, but for videos).
+        shared_scores: a pair that both directions match counts with the better of its two scores in both (BridgeTower,
+            objectives.py:1170). It matters where only one direction has the pair among its candidates.
         batch: pairs that are fused at once.
         max_words, max_tokens: texts are cut to these.
     """
 
     candidates: int = 256
     add_similarity: bool = False
+    shared_scores: bool = False
     batch: int = 128
     max_words: int = 30
     max_tokens: int = 32
@@ -71,7 +74,7 @@ class RetrievalReport:
     texts_of_image: np.ndarray
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_collection(
     model: VisionLanguageModel,
     tokenizer: Tokenizer,
@@ -123,7 +126,7 @@ def _is_new(image_id: str, number_of: dict[str, int]) -> bool:
     return new
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate_retrieval(
     model: VisionLanguageModel,
     collection: Collection,
@@ -152,10 +155,13 @@ def evaluate_retrieval(
     owners_T = collection.image_of_text_T
     texts_of = [np.flatnonzero(owners_T == index).tolist() for index in range(len(collection.records))]
     asked = [index for index, texts_of_image in enumerate(texts_of) if texts_of_image]  # others only distract
-    text_ranks = candidate_ranks(images_TK.numpy(), image_scores_TK.numpy(), [[owner] for owner in owners_T])
-    image_ranks = candidate_ranks(
-        texts_IK[asked].numpy(), text_scores_IK[asked].numpy(), [texts_of[index] for index in asked]
-    )
+    of_texts = (list(images_TK.numpy()), list(image_scores_TK.numpy()))
+    of_images = (list(texts_IK.numpy()), list(text_scores_IK.numpy()))
+    if config.candidates and config.shared_scores:
+        of_texts, of_images = _shared(of_texts, of_images)
+    text_ranks = candidate_ranks(*of_texts, [[owner] for owner in owners_T])
+    asked_of, asked_scores = ([part[index] for index in asked] for part in of_images)
+    image_ranks = candidate_ranks(asked_of, asked_scores, [texts_of[index] for index in asked])
     return RetrievalReport(
         recall_summary(text_ranks, image_ranks),
         _best_first(images_TK, image_scores_TK),
@@ -208,6 +214,33 @@ def _match(
         scores[part] = model.match_logits(fused)[:, 1].float().cpu()
         matched(len(image_rows))
     return scores.view(image_XK.shape)
+
+
+Candidates = tuple[list[np.ndarray], list[np.ndarray]]
+"""Ids and scores of each query's candidates."""
+
+
+def _shared(of_texts: Candidates, of_images: Candidates) -> tuple[Candidates, Candidates]:
+    """The candidates of both directions for both, a pair with the better of its scores."""
+    texts, images = len(of_texts[0]), len(of_images[0])
+    text_X = np.concatenate([_owners(of_texts), *of_images[0]])
+    image_X = np.concatenate([*of_texts[0], _owners(of_images)])
+    pair_P, place_X = np.unique(text_X * images + image_X, return_inverse=True)
+    score_P = np.full(len(pair_P), -np.inf, dtype=np.float32)
+    np.maximum.at(score_P, place_X, np.concatenate([*of_texts[1], *of_images[1]]))
+    text_P, image_P = np.divmod(pair_P, images)
+    return _grouped(text_P, image_P, score_P, texts), _grouped(image_P, text_P, score_P, images)
+
+
+def _owners(candidates: Candidates) -> np.ndarray:
+    """Which query each candidate is of."""
+    return np.repeat(np.arange(len(candidates[0])), [len(ids) for ids in candidates[0]])
+
+
+def _grouped(query_P: np.ndarray, found_P: np.ndarray, score_P: np.ndarray, queries: int) -> Candidates:
+    order_P = np.argsort(query_P, kind="stable")
+    ends = np.cumsum(np.bincount(query_P, minlength=queries))[:-1]
+    return np.split(found_P[order_P], ends), np.split(score_P[order_P], ends)
 
 
 def _best_first(candidates_XK: Tensor, scores_XK: Tensor) -> np.ndarray:

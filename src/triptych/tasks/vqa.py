@@ -27,7 +27,7 @@ from triptych.metrics.vqa import Rules, normalize_answer, vqa_accuracy
 from triptych.models.heads import ClassifierHead
 from triptych.models.protocol import Part, VisionLanguageModel
 from triptych.objectives.distributed import mean_over_all
-from triptych.tasks.base import ItemBatch, ItemTask, Report, mean_credits
+from triptych.tasks.base import ItemBatch, ItemTask, Report, mean_credits, most_common
 
 Answering = Literal["generate", "rank", "classify"]
 
@@ -242,7 +242,7 @@ class VisualQuestionAnswering(ItemTask[Question, VqaBatch]):
         loss_Q = loss_Q.index_add(0, batch.question_A[answer_X], loss_X * batch.weight_A[answer_X])
         return {"vqa": mean_over_all(loss_Q)}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, batch: VqaBatch) -> list[str]:
         """An answer for each question."""
         fused = self.fuse(batch, batch.question)
@@ -270,6 +270,11 @@ class VisualQuestionAnswering(ItemTask[Question, VqaBatch]):
             if item.answers
         ]
         return Report(mean_credits(judged, "overall"), results, [credit for _, credit in judged])
+
+    def commonest(self, seen: Sequence[Question]) -> Callable[[Question], str]:
+        given = (Counter(item.answers).most_common(1)[0][0] for item in seen if item.answers)
+        answer = most_common(map(normalize_answer, given))
+        return lambda item: str(answer)
 
     def _targets(self, item: Question) -> Tensor:
         """Soft scores of the classes, ``[K]``: 0.3, 0.6, 0.9, 1 for 1, 2, 3, 4 humans; 1 where only one was asked."""

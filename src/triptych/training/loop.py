@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from triptych.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from triptych.training.flops import peak_flops, peak_memory_gb
@@ -97,7 +98,8 @@ class Trainer:
     """Trains a task: a module whose call ``task(batch, step, part)`` gives losses by name.
 
     Args:
-        task: has what is averaged, evaluated and saved as ``task.kept``.
+        task: has what is averaged, evaluated and saved as ``task.kept``; and perhaps ``task.measures``, numbers of its
+            last call by name (tensors without a graph), which are logged but not minimised.
         folder: of the run: log, TensorBoard, checkpoints.
         evaluate: called every ``evaluate_every`` steps and at the end.
         best: metric (larger is better) that decides which weights ``save_best`` is called with.
@@ -160,22 +162,23 @@ class Trainer:
         while self.step < config.steps:
             rate = set_learning_rate(self.optimizer, self.optim, self.step, config.steps, steps_per_epoch)
             # Counted once in the life of a run, so that a resumed one computes every step as it would have.
-            counter = nullcontext() if self.flops_per_step else FlopCounterMode(display=False)
+            counter = nullcontext() if self.flops_per_step else _flop_counter()
             with counter:
-                losses, norm = self._step(batches, clock)
+                losses, measures, norm = self._step(batches, clock)
             if isinstance(counter, FlopCounterMode):
                 self.flops_per_step = float(counter.get_total_flops())
                 clock.restart()
             self.step += 1
             loss = sum(losses.values())
-            record = {"step": self.step, "loss": loss, "losses": losses, "norm": norm, "lr": rate}
+            record = {"step": self.step, "loss": loss, "losses": losses, **measures, "norm": norm, "lr": rate}
             if self.step % config.log_every == 0 or self.step == config.steps:
                 record |= clock.report(config.steps - self.step, self.flops_per_step, peak)
                 record |= {
                     "memory_gb": round(peak_memory_gb(self.process.device), 2),
                     "skipped": self.loader.skipped_count,
                 }
-                log.say(describe(record, config.steps), passing=self.step != config.steps)
+                shown = record | {"losses": losses | measures}
+                log.say(describe(shown, config.steps), passing=self.step != config.steps)
                 clock.restart()
             log.write(record)
             stop = self._agree(terminated())
@@ -190,10 +193,11 @@ class Trainer:
                 clock.restart()
         return Outcome(self.step, True, self.metrics)
 
-    def _step(self, batches: Iterator[Any], clock: Clock) -> tuple[dict[str, float], float]:
-        """One optimiser step; returns the mean losses and the gradient norm."""
+    def _step(self, batches: Iterator[Any], clock: Clock) -> tuple[dict[str, float], dict[str, float], float]:
+        """One optimiser step; returns the mean losses, the mean measures and the gradient norm."""
         config, device = self.config, self.process.device
         parts: list[dict[str, Tensor]] = []
+        measured: list[Mapping[str, Tensor]] = []
         for index in range(config.accumulate):
             waiting = time.perf_counter()
             batch = next(batches)
@@ -204,16 +208,17 @@ class Trainer:
                     losses = self._parallel(batch.to(device), self.step, index)
                 (torch.stack(list(losses.values())).sum() / config.accumulate).backward()  # type: ignore[no-untyped-call]
             parts.append({name: loss.detach() for name, loss in losses.items()})
+            measured.append(getattr(self.task, "measures", {}))
             clock.samples += len(batch) * self.process.world
         norm = nn.utils.clip_grad_norm_(self.task.parameters(), self.optim.clip)
-        means = {name: float(sum(part[name] for part in parts) / len(parts)) for name in parts[0]}
+        means, measures = _means(parts), _means(measured)
         self._check_finite(means, float(norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update_parameters(self.task.kept)  # type: ignore[arg-type]
         clock.steps += 1
-        return means, float(norm)
+        return means, measures, float(norm)
 
     def _check_finite(self, losses: Mapping[str, float], norm: float) -> None:
         wrong = [name for name, value in losses.items() if not math.isfinite(value)]
@@ -299,6 +304,28 @@ class Trainer:
         if "random_cuda" in own:
             torch.cuda.set_rng_state(own["random_cuda"], self.process.device)
         return path
+
+
+class _NoModules(ModuleTracker):
+    """Follows nothing: only the whole is of interest, and hooks on modules fail where a step has no gradients."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+
+def _flop_counter() -> FlopCounterMode:
+    """Counts the operations of a whole step, in which texts may be generated (without gradients)."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()
+    return counter
+
+
+def _means(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Of each number over the accumulated passes."""
+    return {name: float(sum(part[name] for part in parts) / len(parts)) for name in parts[0]}
 
 
 @contextmanager

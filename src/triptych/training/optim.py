@@ -21,7 +21,7 @@ class OptimConfig:
         warmup_lr: where the linear warm-up starts, for all groups.
         warmup_steps: its length.
         schedule: after the warm-up a cosine to ``min_lr``, every step (``cosine``) or held constant within an epoch
-            as the official scheduler does (``epoch_cosine``).
+            as mPLUG's scheduler does (``epoch_cosine``); or a straight line to it (``linear``, BridgeTower and EVE).
         decay: which parameters get no weight decay: biases, norms and single vectors (``matrices``), or exactly what
             the official grouping spares (``official``): names with "bias" or "LayerNorm.weight", so that CLIP's norms,
             the class token, position tables and the temperature are decayed (optim/optim_factory.py:154-184).
@@ -39,7 +39,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip: float = 1.0
-    schedule: Literal["cosine", "epoch_cosine"] = "cosine"
+    schedule: Literal["cosine", "epoch_cosine", "linear"] = "cosine"
     decay: Literal["matrices", "official"] = "matrices"
     muon_lr: float | None = None
 
@@ -133,6 +133,8 @@ def learning_rate(config: OptimConfig, peak: float, step: int, steps: int, steps
     else:
         progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     low = min(config.min_lr, peak)
+    if config.schedule == "linear":
+        return peak + (low - peak) * min(1.0, progress)
     return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 

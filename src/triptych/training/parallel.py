@@ -55,7 +55,8 @@ def process_group() -> Iterator[Process]:
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
     """bf16 arithmetic over fp32 master weights, or plain fp32.
 
-    ``auto`` takes bf16 where the processor multiplies matrices in it.
+    ``auto`` takes bf16 where the processor multiplies matrices in it. Evaluate under ``torch.no_grad``: under
+    ``inference_mode`` autocast does not keep the weights that it has cast, and casts them at every use.
     """
     if precision == "fp32" or (precision == "auto" and not _fast_bf16(device)):
         return nullcontext()

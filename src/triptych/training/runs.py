@@ -28,10 +28,12 @@ from triptych.models.protocol import VisionLanguageModel
 from triptych.objectives.alignment import Alignment, AlignmentConfig
 from triptych.objectives.prefix_language import split_prefix
 from triptych.objectives.pretraining import Pretraining, PretrainingConfig, TextIds
+from triptych.objectives.ranking import RankingConfig, TextRanking
 from triptych.tasks.base import Pipeline, Task
 from triptych.tasks.captioning import Captioning, CaptioningConfig
 from triptych.tasks.registry import TaskConfig, task_for
 from triptych.tasks.retrieval import RetrievalConfig, encode_collection, evaluate_retrieval
+from triptych.tasks.self_critical import SelfCriticalConfig
 from triptych.training.checkpoint import newest_checkpoint
 from triptych.training.loop import Outcome, TrainConfig, Trainer
 from triptych.training.optim import OptimConfig
@@ -84,7 +86,8 @@ class Recipe:
     """A complete configuration of one training.
 
     Attributes:
-        objective: its type decides what is trained: pre-training, retrieval (ITC + ITM), or one of the tasks.
+        objective: its type decides what is trained: pre-training, retrieval (ITC and ITM, or ranking by
+            ITM alone), or one of the tasks.
         model: sizes; with ``start`` those of the checkpoint are used.
         start: a checkpoint folder to start from, or folders of parts (CLIP, BERT) that ``triptych convert`` made.
         vocabulary: ``vocab.txt`` or ``tokenizer.json``; by default that of a part in ``start``, else a WordPiece of
@@ -93,7 +96,7 @@ class Recipe:
     """
 
     name: str
-    objective: PretrainingConfig | AlignmentConfig | TaskConfig
+    objective: PretrainingConfig | AlignmentConfig | RankingConfig | TaskConfig
     model: MPlugConfig
     data: DataConfig
     train: TrainConfig
@@ -125,8 +128,10 @@ def run_recipe(recipe: Recipe, folder: Path, process: Process | None = None) -> 
         recipe.data.evaluation_source()  # a wrong location should show now, not after the training
     model, tokenizer, start = _build_model(recipe, source, folder, process)
     task = _build_task(recipe, model, tokenizer, source, folder, process)
-    if isinstance(task, Task) and start is not None:
-        _go_on_with_head(task, start)
+    if isinstance(task, Task):
+        _study(task, source, folder, process)
+        if start is not None:
+            _go_on_with_head(task, start)
     pipeline = _pipeline(recipe, task, tokenizer)
     loader: Loader[Any, Any] = Loader(
         source,
@@ -276,9 +281,13 @@ def _build_task(
         return Pretraining(model, objective, ids, mean=pixels.mean, std=pixels.std, seed=seed)
     if isinstance(objective, AlignmentConfig):
         return Alignment(model, objective, mean=pixels.mean, std=pixels.std, seed=seed)
+    if isinstance(objective, RankingConfig):
+        return TextRanking(model, objective, mean=pixels.mean, std=pixels.std, seed=seed)
+    if isinstance(objective, SelfCriticalConfig) and recipe.data.per_caption:
+        raise ValueError("self-critical training compares with all captions of a picture: set data.per_caption=False")
     kind = task_for(objective)
     task = kind(model, tokenizer, pixels, _completed(objective, kind, source, folder, process))
-    model.train_only(*task.uses)  # not by the task itself, which also evaluates models that are being trained
+    task.freeze_rest()
     return task
 
 
@@ -292,6 +301,19 @@ def _completed(objective: Any, kind: type[Task], source: Source, folder: Path, p
     if process.world > 1:
         torch.distributed.barrier()
     return from_json(kind.config_type, json.loads(path.read_text()), str(path))
+
+
+def _study(task: Task, source: Source, folder: Path, process: Process) -> None:
+    """Let a task learn of its training data what it needs: the leading process finds it, the others read it."""
+    file = folder / "study.json.gz"
+    if process.leads:
+        if newest_checkpoint(folder / "checkpoints") is None:
+            file.unlink(missing_ok=True)
+        task.study(source, file)
+    if process.world > 1:
+        torch.distributed.barrier()
+    if not process.leads:
+        task.study(source, file)
 
 
 def _go_on_with_head(task: Task, start: Loaded) -> None:

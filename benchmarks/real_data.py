@@ -1,0 +1,258 @@
+"""What small real data sets teach on a CPU: every task beside itself blind, and beside the commonest answer.
+
+    python benchmarks/real_data.py --data DATA --models runs --folder runs/real > benchmarks/results/real_data.json
+    python benchmarks/real_data.py ... --only easy_vqa snli_ve
+
+DATA has the folders flickr8k, easy_vqa, daquar, snli_ve, nlvr, coco_mini and video; MODELS has the runs of
+``docs/flickr8k.md``: flickr8k, flickr8k-caption and flickr8k-retrieval. Lists in our own format are written under
+``--folder/lists``; each training is a run under ``--folder``, and what is done is not done again. Tests are paired:
+McNemar's where an item is right or wrong, the bootstrap elsewhere, against the same model shown grey pictures.
+
+Splits: easy_vqa and NLVR have their own; DAQUAR's images, SNLI-VE's photographs and those of NLVR's boxes are divided
+by a hash of their names, so that no picture is on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import surroundings
+from triptych.ask import ask
+from triptych.data.sources import open_source
+from triptych.predict import Predictor
+from triptych.recipes import small
+from triptych.tasks.comparison import compare
+from triptych.training.parallel import autocast
+from triptych.training.runs import Recipe, run_recipe
+
+Row = dict[str, Any]
+Sides = dict[str, list[Row]]
+"""Rows of a list by its name: "train" and "test"."""
+
+
+def rows_of(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def side_of(name: str, test_percent: int) -> str:
+    """Whether a picture is for training or for the test: a function of its name."""
+    return "test" if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 < test_percent else "train"
+
+
+def by_picture(rows: Iterable[Row], location: Callable[[str], str], listed: str) -> list[Row]:
+    """One row a picture, with what is asked of it as a list."""
+    pictures: dict[str, list[Row]] = {}
+    for row in rows:
+        pictures.setdefault(row["image"], []).append({key: value for key, value in row.items() if key != "image"})
+    return [{"image": location(name), listed: items} for name, items in pictures.items()]
+
+
+def easy_vqa(data: Path) -> Sides:
+    """Questions as they are; 4,000 drawings to train on and 1,000 to test on."""
+    return {
+        side: by_picture(rows_of(data / f"easy_vqa/{side}.jsonl"), f"{data}/easy_vqa/{side}.tar:".__add__, "questions")
+        for side in ("train", "test")
+    }
+
+
+def daquar(data: Path) -> Sides:
+    """Answers are sets: one answer here, its parts in alphabetical order."""
+    rows = [row | {"answer": ", ".join(sorted(set(row["answer"])))} for row in rows_of(data / "daquar/train.jsonl")]
+    return divided(rows, lambda row: side_of(row["image"], 10), f"{data}/daquar/images.tar:", "questions")
+
+
+def snli_ve(data: Path) -> Sides:
+    """Photographs of Flickr8k's shards."""
+    places = {
+        str(record.image_id): f"{shard}:{record.key.rpartition(':')[2]}"
+        for shard in sorted((data / "flickr8k").glob("*.tar"))
+        for record in open_source(str(shard))
+    }
+    rows = [row for row in rows_of(data / "snli_ve/train.jsonl") if Path(row["image"]).stem in places]
+    sides: Sides = {"train": [], "test": []}
+    for row in by_picture(rows, str, "entailment"):
+        place = places[Path(row["image"]).stem]
+        sides[side_of(row["image"], 20)].append(row | {"image": place})
+    return sides
+
+
+def nlvr(data: Path) -> Sides:
+    return {
+        "train": statements(data, "train"),
+        "test": statements(data, "dev"),
+    }
+
+
+def statements(data: Path, name: str) -> list[Row]:
+    return [
+        {"image": f"{data}/nlvr/images.tar:{row['image']}", "statement": row["sentence"], "label": row["label"]}
+        for row in rows_of(data / f"nlvr/{name}.jsonl")
+    ]
+
+
+def nlvr_boxes(data: Path) -> Sides:
+    rows = [boxed(row["image"], row["phrase"], row["bbox_xywh"]) for row in rows_of(data / "nlvr/dev_grounding.jsonl")]
+    # Pictures of one sentence, dev-1572-0-0 and so on, stay together.
+    return divided(
+        rows, lambda row: side_of("-".join(row["image"].split("-")[:2]), 20), f"{data}/nlvr/images.tar:", "phrases"
+    )
+
+
+def coco_boxes(data: Path) -> Sides:
+    """The categories that occur once in a photograph, as phrases."""
+    sides: Sides = {}
+    for side, name in (("train", "train2017"), ("test", "val2017")):
+        rows = []
+        for row in rows_of(data / f"coco_mini/{name}.jsonl"):
+            names = [box["category"] for box in row["boxes"]]
+            rows += [
+                boxed(row["image"], f"the {box['category']}", box["bbox_xywh"])
+                for box in row["boxes"]
+                if names.count(box["category"]) == 1
+            ]
+        sides[side] = by_picture(rows, f"{data}/coco_mini/images.tar:".__add__, "phrases")
+    return sides
+
+
+def boxed(image: str, text: str, box_xywh: list[float]) -> Row:
+    left, top, width, height = box_xywh
+    return {"image": image, "text": text, "box_xyxy": [left, top, left + width, top + height]}
+
+
+def divided(rows: Iterable[Row], side: Callable[[Row], str], root: str, listed: str) -> Sides:
+    sides: Sides = {"train": [], "test": []}
+    for row in rows:
+        sides[side(row)].append(row)
+    return {name: by_picture(some, root.__add__, listed) for name, some in sides.items()}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One data set.
+
+    Attributes:
+        lists: makes its rows; None for Flickr8k's own shards.
+        start: of MODELS; None trains from nothing.
+        task: what is evaluated, if not what the recipe trains.
+    """
+
+    recipe: Callable[[], Recipe]
+    lists: Callable[[Path], Sides] | None
+    start: str | None = None
+    task: str | None = None
+
+
+TRIALS = {
+    "easy_vqa": Trial(small.easy_vqa, easy_vqa),
+    "daquar": Trial(small.daquar, daquar, "flickr8k"),
+    "snli_ve": Trial(small.snli_ve_flickr8k, snli_ve, "flickr8k"),
+    "nlvr": Trial(small.nlvr, nlvr),
+    "nlvr_boxes": Trial(small.nlvr_boxes, nlvr_boxes),
+    "coco_boxes": Trial(small.coco_boxes, coco_boxes, "flickr8k"),
+    "flickr8k_scst": Trial(small.self_critical_flickr8k, None, "flickr8k-caption", "caption"),
+}
+
+
+def run(name: str, trial: Trial, data: Path, models: Path, folder: Path) -> Row:
+    """Train, if that is not done, and compare."""
+    train, test = write_lists(name, trial, data, folder / "lists")
+    recipe = trial.recipe()
+    start = () if trial.start is None else (str(models / trial.start / "model"),)
+    recipe = replace(recipe, data=replace(recipe.data, train=(train,), evaluate=()), start=start)
+    print(f"{name}: {recipe.train.steps} steps of {recipe.train.batch_size}", file=sys.stderr)
+    done = run_recipe(recipe, folder / name)
+    predictor = Predictor.load(done.model_folder)
+    task = predictor.task(trial.task or task_name(recipe))
+    with autocast(predictor.device, predictor.precision):
+        found = compare(task, open_source(test), open_source(train)).to_dict()
+    if trial.task == "caption":  # what the model could do before
+        before = Predictor.load(models / str(trial.start) / "model")
+        with autocast(before.device, before.precision):
+            found["before"] = before.captioner().evaluate(open_source(test)).scores
+    sizes = {side: sum(1 for _ in open_source(place)) for side, place in (("train", train), ("test", test))}
+    return {"records": sizes, "recipe": recipe.name, "steps": recipe.train.steps, "start": trial.start, **found}
+
+
+def once(name: str, trial: Trial, data: Path, models: Path, folder: Path) -> Row:
+    """The result that is there, or a new one."""
+    path = folder / name / "comparison.json"
+    if not path.exists():
+        found = run(name, trial, data, models, folder)
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def task_name(recipe: Recipe) -> str:
+    from triptych.tasks.registry import task_for
+
+    return task_for(recipe.objective).name  # type: ignore[arg-type]
+
+
+def write_lists(name: str, trial: Trial, data: Path, folder: Path) -> tuple[str, str]:
+    """Locations of the training and the test data."""
+    if trial.lists is None:
+        return str(data / "flickr8k/train-*.tar"), str(data / "flickr8k/dev-00000.tar")
+    folder.mkdir(parents=True, exist_ok=True)
+    places = {side: folder / f"{name}-{side}.jsonl" for side in ("train", "test")}
+    if not all(place.exists() for place in places.values()):
+        for side, rows in trial.lists(data).items():
+            places[side].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(places["train"]), str(places["test"])
+
+
+DESCRIPTIONS = {
+    "3qqEKTPxLNs_1_15.avi": "a baby sits on a blue sofa and drinks from a cup",
+    "UXs3eq68ZjE_250_255.avi": "rice is poured into a pot",
+    "WTf5EgVY5uU_124_128.avi": "a hand stirs food in a black pan",
+    "corrupted.mp4": "a test pattern of coloured bars",
+    "flipping_a_pancake.mkv": "a woman in a kitchen tosses a pancake",
+    "j2Dhf-xFUxU_13_20.avi": "a hand cuts a stack of flat bread",
+    "klteYv1Uv9A_27_33.avi": "a knife cuts a tomato",
+}
+"""Written for this benchmark by looking at the clips."""
+
+
+def videos(data: Path, models: Path) -> Row:
+    """Captions of the clips, and the rank of each clip for its own description; by models of photographs alone."""
+    paths = [data / "video" / name for name in DESCRIPTIONS]
+    captioner = Predictor.load(models / "flickr8k-caption" / "model")
+    captions = {path.name: caption for path, caption in captioner.caption_files(paths)}
+    searcher = Predictor.load(models / "flickr8k-retrieval" / "model")
+    ranks = {}
+    for answer in ask(searcher, "retrieval", paths, list(DESCRIPTIONS.values())):
+        found = [Path(name).name for name in answer["images"]]
+        wanted = next(name for name, text in DESCRIPTIONS.items() if text == answer["text"])
+        ranks[wanted] = found.index(wanted) + 1
+    return {"captions": captions, "rank of 7": ranks, "mean rank": sum(ranks.values()) / len(ranks), "chance": 4.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=[*TRIALS, "video"], default=[*TRIALS, "video"])
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    results: Row = {}
+    for name in given.only:
+        if name == "video":
+            results[name] = videos(given.data, given.models)
+        else:
+            results[name] = once(name, TRIALS[name], given.data.resolve(), given.models, given.folder)
+        print(json.dumps({name: results[name]}), file=sys.stderr)
+    json.dump({"environment": surroundings(), "results": results}, sys.stdout, indent=1)
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    main()

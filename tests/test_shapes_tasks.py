@@ -1,0 +1,187 @@
+"""The second part of the demo in a tiny size: every task is trained and evaluated, and nothing is done twice."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from triptych import demo, shapes_demo, shapes_tasks
+from triptych.checkpoints.folder import load
+from triptych.data.shapes import ShapesConfig, Split
+from triptych.data.sources import open_source
+from triptych.shapes_tasks import TRIALS
+from triptych.training.logs import read_log
+
+pytest.importorskip("av")
+TINY = shapes_demo.DemoConfig(train=64, test=6, compositions=6, steps=2, quick=True)
+TRAINED = [name for name, trial in TRIALS.items() if trial.recipe is not None]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which both parts were run once."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes_demo, "QUICK", TINY)
+        assert demo.main(["--folder", str(folder), "--quick", "--tasks", "all"]) == 0
+        yield folder
+
+
+def scores(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
+    found = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))
+    assert isinstance(found, dict)
+    return found
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# --- what is there ------------------------------------------------------------------------------------------------
+
+
+def test_every_task_is_trained(finished: Path) -> None:
+    for name in TRAINED:
+        assert len(read_log(finished / name)) == 2
+        loaded = load(finished / name / "model")
+        assert TRIALS[name].task in (loaded.task or {})
+
+
+def test_every_training_starts_from_what_its_trial_says(finished: Path) -> None:
+    for name in TRAINED:
+        start = finished / TRIALS[name].start / "model"
+        begun = json.loads((finished / name / "recipe.json").read_text())
+        assert begun["start"] == [str(start)]
+        assert begun["data"]["evaluate"] == []
+
+
+def test_the_numbers(finished: Path) -> None:
+    found = scores(finished)
+    assert list(found) == list(TRIALS)
+    for name, trial in TRIALS.items():
+        for column in ("model", "blind"):
+            assert 0 <= found[name][column][trial.score] <= 100
+        if trial.task == "caption":
+            assert "majority" not in found[name]
+            assert found[name]["model against blind"] == {}
+        else:
+            assert 0 <= found[name]["majority"][trial.score] <= 100
+            assert found[name]["model against blind"]["test"] in ("McNemar", "paired bootstrap")
+            assert 0 < float(found[name]["model against blind"]["p_value"]) <= 1
+    assert found["grounding"]["metric"] == "accuracy"
+
+
+def test_the_page(finished: Path) -> None:
+    html = (finished / "tasks.html").read_text(encoding="utf-8")
+    for trial in TRIALS.values():
+        assert trial.title in html
+    assert html.count("data:image/png;base64,") == 3 * 6  # questions, phrases, clips: of the six test scenes each
+    assert "Traceback" not in html
+    assert not re.search(r">nan<|None", html)
+
+
+def test_the_command_says_where_it_is(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["--folder", str(finished), "--quick", "--tasks", "all"]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    for text in ("tasks.html", "tasks.json", "majority", "asked for", *(trial.title for trial in TRIALS.values())):
+        assert text in err
+
+
+# --- the data -----------------------------------------------------------------------------------------------------
+
+
+def test_statements_are_about_training_pairs_and_other_test_pairs(finished: Path) -> None:
+    data = finished / "data"
+    assert len(lines(data / "statements-train.jsonl")) == TINY.train // 2
+    assert len(lines(data / "pairs" / "statements-test.jsonl")) == TINY.test
+    for path in (data / "statements-train.jsonl", data / "pairs" / "statements-test.jsonl"):
+        (record, *_) = open_source(path)
+        assert len(record.extra["images"]) == 2
+
+
+def test_still_lists_have_nothing_of_motion(finished: Path) -> None:
+    data = finished / "data"
+    captions, asked = lines(data / "still-clips-test.jsonl"), lines(data / "still-clip-questions-test.jsonl")
+    assert len(captions) == TINY.test
+    assert captions
+    assert asked
+    moving = re.compile(r"\b(move[sd]?|moving|starts|ends|still)\b")
+    for row in captions:
+        assert row["captions"] == row["scene_captions"]
+        assert row["captions"]
+        assert not any(moving.search(str(caption)) for caption in row["captions"])  # type: ignore[attr-defined]
+    assert not any(moving.search(str(row["question"])) for row in asked)
+    assert not any(row["kind"] == "motion" for row in asked)
+    everything = lines(data / "clip-questions-test.jsonl")
+    assert any(row["kind"] == "motion" for row in everything)
+    assert [row for row in everything if row["kind"] != "motion"] == asked
+    assert any(moving.search(str(caption)) for row in lines(data / "clips-test.jsonl") for caption in row["captions"])  # type: ignore[attr-defined]
+
+
+def test_clips_are_of_the_size_of_the_pictures(finished: Path) -> None:
+    from triptych.data.video import read_frames
+
+    (record, *_) = open_source(finished / "data" / "still-clips-test.jsonl")
+    frames = read_frames(record.extra["video"], 8, record.key, "uniform")
+    assert len(frames) == 8
+
+
+# --- going on -----------------------------------------------------------------------------------------------------
+
+
+def test_again_nothing_is_done(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made() -> dict[str, int]:
+        kept = [path for folder in ("data", "data/pairs", *TRAINED) for path in (finished / folder).rglob("*.*")]
+        kept = [path for path in (*kept, finished / "tasks.json") if path.is_file() and "model" not in path.parts]
+        unchanged = [path for path in kept if path.name not in ("recipe.json",) and not path.name.startswith("still-")]
+        return {str(path): path.stat().st_mtime_ns for path in unchanged}
+
+    def fail(*_: object) -> None:
+        raise AssertionError("it is evaluated already")
+
+    before = made()
+    assert len(before) > 20
+    monkeypatch.setattr(shapes_tasks, "compare", fail)
+    assert shapes_tasks.run_tasks(finished, TINY)
+    assert made() == before
+
+
+def test_what_is_missing_is_done(finished: Path) -> None:
+    found = scores(finished)
+    del found["entailment"]
+    (finished / "tasks.json").write_text(json.dumps(found), encoding="utf-8")
+    (finished / "tasks.html").unlink()
+    assert shapes_tasks.run_tasks(finished, TINY)
+    again = scores(finished)
+    assert set(again) == set(TRIALS)
+    assert {name: values for name, values in again.items() if name != "entailment"} == found
+    assert (finished / "tasks.html").exists()
+
+
+def test_a_stopped_training_stops_all(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped = SimpleNamespace(outcome=SimpleNamespace(finished=False), model_folder=tmp_path)
+    monkeypatch.setattr(shapes_tasks, "run_recipe", lambda *_: stopped)
+    before = (finished / "tasks.json").read_bytes()
+    (finished / "tasks.html").unlink(missing_ok=True)
+    assert demo.main(["--folder", str(finished), "--quick", "--tasks", "all"]) == 130
+    assert (finished / "tasks.json").read_bytes() == before
+    assert not (finished / "tasks.html").exists()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_more_test_scenes_than_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes_tasks, "_CLIPS", 2)
+    config = shapes_demo.DemoConfig(train=4, test=5, compositions=1, steps=1, quick=True)
+    shapes_demo.write_world(tmp_path, config)
+    shapes_tasks.write_data(tmp_path, config)
+    assert len(lines(tmp_path / "still-clips-test.jsonl")) == 2
+    assert len(lines(tmp_path / "pairs" / "statements-test.jsonl")) == 5
+    scenes = ShapesConfig(max_objects=config.max_objects)
+    assert scenes.max_objects == 2
+    assert Split.TEST.value == "test"
