@@ -15,6 +15,7 @@ from PIL import Image
 
 from triptych.ask import Answer, ask
 from triptych.checkpoints.folder import save_folder
+from triptych.data.lists import ENTAILMENT
 from triptych.data.pictures import file_record, show
 from triptych.data.samples import BrokenSample, Record
 from triptych.data.tokenizers import Tokenizer, train_wordpiece

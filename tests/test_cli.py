@@ -172,10 +172,160 @@ def test_answers_are_evaluated_and_written(run: Run, world: Path, answering: Pat
 def test_questions_about_pictures(world: Path, answering: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [str(path) for path in sorted(world.glob("*.png"))]
     questions = ["what colour is the circle ?", "how many objects are there ?"]
-    cli.main(["predict", "vqa", *paths, "--checkpoint", str(answering), "--question", *questions])
+    cli.main(["predict", "vqa", *paths, "--checkpoint", str(answering), "--text", *questions])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["image"], line["question"]) for line in lines] == [(p, q) for p in paths for q in questions]
     assert all(isinstance(line["answer"], str) for line in lines)
+
+
+def test_answers_are_chosen_from_a_list(
+    run: Run, fails: Callable[..., str], world: Path, answering: Path, tmp_path: Path
+) -> None:
+    common = ["evaluate", "vqa", "--checkpoint", answering, "--data", world / "test-*.tar"]
+    for name, answers in (("list", ["red", "two"]), ("keys", {"blue": 0, "no": 1})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(answers))
+        run(*common, "--answers", tmp_path / f"{name}.json", "--predictions", tmp_path / "found.json")
+        found = {line["answer"] for line in json.loads((tmp_path / "found.json").read_text())}
+        assert found
+        assert found <= set(answers)
+    (tmp_path / "wrong.json").write_text('[["red"]]')
+    assert "wrong.json must be a JSON list of texts" in fails(*common, "--answers", tmp_path / "wrong.json")
+    missing = fails(*common, "--answers", tmp_path / "none.json")
+    assert "none.json" in missing
+    assert "No such file" in missing
+
+
+def test_a_comparison_with_grey_pictures_and_the_commonest_answer(
+    run: Run, fails: Callable[..., str], world: Path, answering: Path
+) -> None:
+    common = ["compare", "vqa", "--checkpoint", answering, "--data", world / "test-*.tar", "--limit", 4]
+    found = run(*common, "--training-data", world / "train-*.tar")
+    assert list(found) == ["metric", "model", "blind", "majority", "model against blind"]
+    assert found["metric"] == "overall"
+    assert found["majority"]["overall"] > 0
+    assert found["model against blind"]["test"] == "McNemar"
+    without = run(*common)
+    assert "majority" not in without
+    assert {name: without[name] for name in without} == {name: found[name] for name in without}
+    captions = run("compare", "caption", *common[2:])
+    assert list(captions) == ["metric", "model", "blind", "model against blind"]
+    assert captions["model against blind"] == {}
+    for task in ("retrieval", "text_classification"):
+        assert f"invalid choice '{task}'" in " ".join(fails("compare", task, *common[2:]).split())
+
+
+@pytest.fixture(scope="module")
+def locating(world: Path, pretrained: Path) -> Path:
+    """A model fine-tuned to locate phrases for two steps."""
+    folder = world / "locating"
+    data = ["--data", str(world / "train-*.tar")]
+    cli.main(
+        ["finetune", "grounding", "shapes_tiny", "--start", str(pretrained), *data, "--folder", str(folder), *SHORT]
+    )
+    return folder / "model"
+
+
+def test_boxes_are_drawn(
+    world: Path, locating: Path, tmp_path: Path, fails: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = sorted(world.glob("*.png"))
+    phrases = ["the circle", "it"]
+    ask = ["predict", "grounding", *map(str, paths), "--checkpoint", str(locating), "--text", *phrases]
+    capsys.readouterr()
+    cli.main([*ask, "--save", str(tmp_path / "boxes")])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["image"], line["phrase"]) for line in lines] == [(str(p), t) for p in paths for t in phrases]
+    assert sorted(line["saved"] for line in lines) == sorted(map(str, (tmp_path / "boxes").iterdir()))
+    for line in lines:
+        saved, original = Image.open(line["saved"]), Image.open(line["image"])
+        assert saved.size == original.size
+        assert saved.tobytes() != original.convert("RGB").tobytes()
+    cli.main(ask)
+    plain = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert plain == [{name: line[name] for name in line if name != "saved"} for line in lines]
+
+
+def test_statements_from_training_to_the_official_file(
+    run: Run, world: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, test = world / "statements-train.jsonl", world / "statements-test.jsonl"
+    start = ["--start", pretrained, "--data", train, "--evaluate-data", test, "--folder", tmp_path / "run", *SHORT]
+    trained = run("finetune", "nlvr2", "shapes_tiny", *start)
+    checkpoint = ["--checkpoint", tmp_path / "run" / "model"]
+    predictions = tmp_path / "predictions.csv"
+    scores = run("evaluate", "nlvr2", *checkpoint, "--data", test, "--predictions", predictions)
+    assert scores == trained["metrics"]
+    statements = [json.loads(line) for line in test.read_text().splitlines()]
+    written = dict(line.split(",") for line in predictions.read_text().splitlines())
+    assert list(written) == [statement["identifier"] for statement in statements]
+    assert set(written.values()) <= {"True", "False"}
+    assert run("score", "nlvr2", "--data", test, "--predictions", predictions) == scores
+    run("evaluate", "nlvr2", *checkpoint, "--data", test, "--predictions", tmp_path / "predictions.json")
+    as_json = json.loads((tmp_path / "predictions.json").read_text())
+    assert {line["identifier"]: str(line["prediction"]) for line in as_json} == written
+    pair = [str(path) for path in sorted(world.glob("*.png"))]
+    asked = ["predict", "nlvr2", *pair, *map(str, checkpoint), "--text", "both are red", "none is"]
+    cli.main(asked)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["images"], line["statement"]) for line in lines] == [(pair, "both are red"), (pair, "none is")]
+
+
+def test_scores_of_judgements_that_another_program_wrote(run: Run, fails: Callable[..., str], tmp_path: Path) -> None:
+    labels = {"dev-1-0-0": "True", "dev-1-1-0": "False", "dev-2-0-1": "True"}
+    data, predictions = tmp_path / "dev.json", tmp_path / "predictions.csv"
+    data.write_text("".join(json.dumps({"identifier": n, "label": v}) + "\n" for n, v in labels.items()))
+    predictions.write_text("dev-1-0-0,True\ndev-1-1-0,True\ndev-2-0-1,true\n")
+    command = ["score", "nlvr2", "--data", data, "--predictions", predictions]
+    assert run(*command) == {"accuracy": 66.6667, "consistency": 50.0}
+    predictions.write_text("dev-1-0-0,True\n")
+    assert "statements without a prediction: 'dev-1-1-0', 'dev-2-0-1'" in fails(*command)
+
+
+def test_a_submission_of_texts(
+    run: Run, fails: Callable[..., str], world: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    rows = [("a small red circle", "good"), ("two large blue stars", "bad"), ("a green square", "good")]
+    for name in ("train", "dev"):
+        table = "sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows)
+        (tmp_path / f"{name}.tsv").write_text(table)
+    start = ["--start", pretrained, "--data", tmp_path / "train.tsv", "--folder", tmp_path / "run", *SHORT[:2]]
+    run("finetune", "text_classification", "glue_sst2", *start, "--batch-size", 3, "--precision", "fp32")
+    common = ["evaluate", "text_classification", "--checkpoint", tmp_path / "run" / "model"]
+    common += ["--data", tmp_path / "dev.tsv"]
+    scores = run(*common, "--predictions", tmp_path / "SST-2.tsv")
+    assert scores["score"] == scores["accuracy"]
+    written = [line.split("\t") for line in (tmp_path / "SST-2.tsv").read_text().splitlines()]
+    assert written[0] == ["index", "prediction"]
+    assert [row[0] for row in written[1:]] == ["0", "1", "2"]
+    right = [label == row[1] for (_, label), row in zip(rows, written[1:], strict=True)]
+    assert scores["accuracy"] == pytest.approx(100 * sum(right) / 3, abs=1e-3)
+    found = run("predict", "text_classification", "--checkpoint", tmp_path / "run" / "model", "--text", rows[0][0])
+    assert found == {"text": rows[0][0], "label": written[1][1]}
+    assert "looks at no pictures" in fails(*common, "--blank")
+
+
+def test_frames_of_clips(run: Run, fails: Callable[..., str], pretrained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    counts = ["--train", 0, "--test", 2, "--compositions", 0]
+    written = run("data", "shapes", tmp_path, *counts, "--size", 48, "--max-objects", 2, "--clips", 2)
+    assert list(written) == ["test"]
+    listed = [path for path in written["test"] if path.endswith(".jsonl")]
+    assert len(listed) == 3  # statements, captions and questions of clips
+    clips = next(path for path in listed if Path(path).name.startswith("clips"))
+    checked = run("data", "check", clips)
+    assert (checked["records"], checked["videos"], checked["broken"]) == (2, 2, 0)
+    common = ["evaluate", "caption", "--checkpoint", pretrained, "--data", clips]
+
+    def captions(*options: object) -> list[dict[str, str]]:
+        run(*common, "--predictions", tmp_path / "captions.json", *options)
+        found = json.loads((tmp_path / "captions.json").read_text())
+        assert isinstance(found, list)
+        return found
+
+    assert len(captions("--frames", 2, "--frame-rule", "official")) == 2
+    assert captions() == captions("--frames", 8, "--frame-rule", "uniform")
+    assert "frames need a count" in fails(*common, "--frames", 0)
+    assert "invalid choice 'last'" in " ".join(fails(*common, "--frame-rule", "last").split())
 
 
 def test_scores_of_answers_that_another_program_wrote(run: Run, fails: Callable[..., str], tmp_path: Path) -> None:
@@ -211,7 +361,10 @@ def test_mistakes_are_one_line(fails: Callable[..., str], world: Path, pretraine
     assert "was not trained for vqa, only for: retrieval, caption" in fails(
         "evaluate", "vqa", "--checkpoint", pretrained, *data[:2]
     )
-    assert "--question is needed for vqa" in fails("predict", "vqa", "x.png", "--checkpoint", pretrained)
+    assert "vqa needs --text" in fails("predict", "vqa", "x.png", "--checkpoint", pretrained)
+    assert "caption needs files" in fails("predict", "caption", "--checkpoint", pretrained)
+    assert "--save is for grounding" in fails("predict", "caption", "x.png", "--checkpoint", pretrained, "--save", ".")
+    assert "frames need a count" in fails("predict", "caption", "x.mp4", "--checkpoint", pretrained, "--frames", 0)
     assert "nowhere.png" in fails("predict", "caption", tmp_path / "nowhere.png", "--checkpoint", pretrained)
 
 

@@ -28,9 +28,9 @@ from triptych.metrics.boxes import paired_iou
 from triptych.predict import Predictor
 from triptych.recipes import shapes as recipes
 from triptych.report import Captioned, Column, Rows, Section
-from triptych.shapes_demo import DemoConfig, names_exactly
+from triptych.shapes_demo import DemoConfig, exact_share, names_exactly
 from triptych.tasks.base import ItemTask
-from triptych.tasks.comparison import Comparison, compare
+from triptych.tasks.comparison import compare
 from triptych.training.parallel import autocast, process_group
 from triptych.training.runs import Recipe, run_recipe
 
@@ -153,7 +153,7 @@ def run_tasks(folder: Path, config: DemoConfig) -> bool:
             return False
         models[name] = model
         if name not in done:
-            done[name] = _evaluate(trial, model, data).to_dict()
+            done[name] = _evaluate(trial, model, data)
             path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
     print_table(done)
     write_page(folder, done, models)
@@ -167,7 +167,7 @@ def write_data(data: Path, config: DemoConfig) -> None:
     """
     size, world = config.pretraining().data.preprocessing.image_size, ShapesConfig(max_objects=config.max_objects)
     pairs = data / "pairs"
-    write_statements(data, Split.TRAIN, config.train // 2, config=world, keep=True, show_progress=True)
+    write_statements(data, Split.TRAIN, config.train // 2, config=world, each=4, keep=True, show_progress=True)
     write_shards(pairs, Split.TEST, 2 * config.test, size=size, config=world, keep=True, show_progress=True)
     write_statements(pairs, Split.TEST, config.test, config=world, keep=True)
     clips = min(_CLIPS, config.test)
@@ -207,13 +207,23 @@ def _train(name: str, trial: Trial, start: Path, folder: Path, steps: int | None
     return run.model_folder if run.outcome.finished else None
 
 
-def _evaluate(trial: Trial, model: Path, data: Path) -> Comparison:
-    """The model on its test data, beside itself blind and the commonest answer of its training data."""
+def _evaluate(trial: Trial, model: Path, data: Path) -> dict[str, Any]:
+    """The model on its test data, beside itself blind and the commonest answer of its training data.
+
+    Captions also get ``exact``, the percentage that name exactly the objects.
+    """
     predictor = Predictor.load(model)
     source, training = open_source(str(data / trial.test)), open_source(str(data / trial.data))
     sys.stderr.write(f"evaluating {trial.title}\n")
     with autocast(predictor.device, predictor.precision):
-        return compare(predictor.task(trial.task), source, training)
+        found = compare(predictor.task(trial.task), source, training)
+    result = found.to_dict()
+    if trial.task == "caption":
+        records = list(source)
+        for side, part in (("model", found.model), ("blind", found.blind)):
+            captions = {str(row["image_id"]): row["caption"] for row in part.predictions}
+            result[side]["exact"] = exact_share(captions, records)
+    return result
 
 
 def print_table(done: Mapping[str, Mapping[str, Any]]) -> None:
@@ -233,10 +243,13 @@ def _table_rows(done: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, tu
     for name, trial in TRIALS.items():
         if name not in done:
             continue
-        columns = ("model", "blind", "majority")
-        scores = [done[name].get(column, {}).get(trial.score) for column in columns]
-        cells = ["" if score is None else f"{score * trial.factor:.1f}" for score in scores]
-        yield trial.title, (*cells, "" if trial.best is None else f"{trial.best:.0f}")
+        rows = [(trial.title, trial.score, trial.factor)]
+        if trial.task == "caption":
+            rows += [(f"{trial.title.rpartition(', ')[0]}, all objects right", "exact", 1.0)]
+        for title, score, factor in rows:
+            scores = [done[name].get(column, {}).get(score) for column in ("model", "blind", "majority")]
+            cells = ["" if value is None else f"{value * factor:.1f}" for value in scores]
+            yield title, (*cells, "" if trial.best is None else f"{trial.best:.0f}")
 
 
 # --- the page ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from PIL import Image
 from triptych.data.check import check
 
 COUNTS = ("records", "pictures", "videos", "captions", "questions", "answers", "phrases", "boxes", "statements")
-COUNTS = (*COUNTS, "hypotheses", "missing", "broken")
+COUNTS = (*COUNTS, "hypotheses", "texts", "labels", "missing", "broken")
 
 
 def picture(path, width=4, height=3):
@@ -93,7 +93,7 @@ def test_pairs_boxes_and_hypotheses(tmp_path):
         {"images": ["a.png"], "statement": "One.", "label": False},
     )
     found = check([statements])
-    assert counts(found) == {"records": 3, "pictures": 2, "statements": 2, "missing": 2, "broken": 2}
+    assert counts(found) == {"records": 3, "pictures": 2, "statements": 2, "labels": 2, "missing": 2, "broken": 2}
     boxes = lines(tmp_path / "g.jsonl", {"image": "a.png", "phrase": "it", "box_xyxy": [0, 0, 1, 1]})
     assert counts(check([boxes])) == {"records": 1, "pictures": 1, "phrases": 1, "boxes": 1}
     hypotheses = lines(tmp_path / "h.jsonl", {"image": "a.png", "hypothesis": "It rains."})
@@ -101,6 +101,38 @@ def test_pairs_boxes_and_hypotheses(tmp_path):
     assert list(found["formats"].values()) == ["statements", "grounding", "entailment"]
     assert found["hypotheses"] == 1
     assert found["pictures"] == 2
+
+
+def test_texts_need_no_picture(tmp_path):
+    table = tmp_path / "train.tsv"
+    table.write_text("sentence1\tsentence2\tlabel\nit rains\tit is wet\tentailment\nit\tis\nall\tis dry\tno\n")
+    found = check([str(table)])
+    assert found["formats"] == {str(table): "glue"}
+    assert counts(found) == {"records": 3, "texts": 4, "labels": 2, "broken": 1}
+    assert found["first_broken"] == [{"key": f"{table}:3", "reason": "it has 2 columns, not 3"}]
+    own = lines(
+        tmp_path / "own.jsonl",
+        {"text": "it rains", "label": 1},
+        {"text": "it is dry", "text_pair": "or not"},
+        {"text": "it"},
+    )
+    found = check([own])
+    assert counts(found) == {"records": 3, "texts": 4, "labels": 1}
+    assert found["smallest"] is None
+    assert [example["text"] for example in found["examples"]] == ["it rains", "it is dry", "it"]
+    assert found["examples"][1]["text_pair"] == "or not"
+
+
+def test_labels_of_pictures_are_counted(tmp_path):
+    picture(tmp_path / "a.png")
+    data = lines(tmp_path / "a.jsonl", {"image": "a.png", "label": "cat"}, {"image": "none.png", "label": "dog"})
+    found = check([data], format="captions")
+    assert counts(found) == {"records": 2, "pictures": 1, "labels": 2, "missing": 1, "broken": 1}
+
+
+def test_a_text_beside_a_missing_picture_does_not_excuse_it(tmp_path):
+    data = lines(tmp_path / "a.jsonl", {"image": "none.png", "text": "it rains", "caption": "rain"})
+    assert counts(check([data]))["missing"] == 1
 
 
 def test_videos_must_be_there(tmp_path):

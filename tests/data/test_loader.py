@@ -373,8 +373,15 @@ def test_read_once_gives_everything_in_order(source, workers, caplog):
     batches = list(read_once(source, prepare, collate, batch_size=5, workers=workers))
     assert [len(batch[0]) for batch in batches] == [5, 5, 5, 5, 3]
     assert ids(batches) == [str(number) for number in range(30) if number not in BROKEN]
-    assert sum("skipped" in message for message in caplog.messages) == 7
+    assert sum("skipped /" in message for message in caplog.messages) == 7
+    assert caplog.messages[-1] == "skipped 7 of 30 records"
     assert same(batches, list(read_once(source, prepare, collate, batch_size=5)))
+
+
+def test_read_once_without_loss_says_nothing(tmp_path, caplog):
+    write_tar(tmp_path / "good.tar", range(7))
+    assert len(list(read_once(open_source(tmp_path / "good.tar"), prepare, list, batch_size=5))) == 2
+    assert caplog.messages == []
 
 
 def test_read_once_splits_evenly_between_ranks(source):

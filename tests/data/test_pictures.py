@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from triptych.data.pictures import read_pictures, show, stack
+from triptych.data.pictures import alike, file_record, is_video, read_pictures, show, stack
 from triptych.data.samples import BrokenSample, Record
 from triptych.data.sources import open_source
 from triptych.data.transforms import FrameChoice, Preprocessing
@@ -88,6 +91,51 @@ def test_what_cannot_be_shown_is_a_broken_sample(record: Record) -> None:
 def test_pictures_and_clips_do_not_mix_in_a_batch() -> None:
     with pytest.raises(ValueError, match="unlike"):
         stack([torch.zeros(3, 4, 4), torch.zeros(2, 3, 4, 4)])
+
+
+def test_videos_are_told_by_their_names() -> None:
+    for name in ("a.mp4", "b.MKV", "c.d.webm", "e.avi", "f.Mov"):
+        assert is_video(Path("folder") / name), name
+    for name in ("a.png", "mp4", "a.mp4.jpg", "mkv.tar", ".mp4", "a.gif"):
+        assert not is_video(Path("folder") / name), name
+
+
+def test_records_of_files(tmp_path: Path) -> None:
+    (tmp_path / "red.PNG").write_bytes(picture((255, 0, 0)))
+    still = file_record(tmp_path / "red.PNG", extra={"questions": []})
+    assert still == Record(*(str(tmp_path / "red.PNG"),) * 2, (), str(tmp_path / "red.PNG"), {"questions": []})
+    assert show(still, PLAIN, FrameChoice()).shape == (3, 16, 16)
+    assert file_record(tmp_path / "red.PNG").extra == {}
+    moving = file_record(Path(video(tmp_path / "clip.mkv")), extra={"questions": [], "video": "of someone else"})
+    assert moving.image is None
+    assert moving.extra == {"questions": [], "video": str(tmp_path / "clip.mkv")}
+    assert moving.key == moving.image_id == str(tmp_path / "clip.mkv")
+    assert show(moving, PLAIN, FrameChoice(2)).shape == (2, 3, 16, 16)
+
+
+def test_extra_of_the_caller_stays_as_it_is() -> None:
+    extra = {"questions": ["?"]}
+    assert "video" in file_record(Path("a.mp4"), extra=extra).extra
+    assert extra == {"questions": ["?"]}
+
+
+def test_like_files_by_hand() -> None:
+    paths = [Path(name) for name in ("1.png", "2.jpg", "3.png", "a.mp4", "4.png", "b.mkv", "c.mov")]
+    groups = [tuple(path.stem for path in group) for group in alike(paths, at_once=2)]
+    assert groups == [("1", "2"), ("3",), ("a",), ("4",), ("b", "c")]
+    assert list(alike([])) == []
+
+
+@given(st.lists(st.booleans(), max_size=40), st.integers(1, 5))
+def test_like_files_are_grouped_in_their_order(videos: list[bool], at_once: int) -> None:
+    paths = [Path(f"{number}.{'mp4' if own else 'png'}") for number, own in enumerate(videos)]
+    groups = list(alike(iter(paths), at_once=at_once))
+    assert [path for group in groups for path in group] == paths
+    for group in groups:
+        assert 1 <= len(group) <= at_once
+        assert len({is_video(path) for path in group}) == 1
+    for first, second in pairwise(groups):  # none is shorter than it must be
+        assert len(first) == at_once or is_video(first[-1]) != is_video(second[0])
 
 
 def test_a_damaged_video_is_skipped_and_the_rest_is_read(tmp_path: Path) -> None:

@@ -98,6 +98,17 @@ def test_statements_are_read_with_their_pictures(tmp_path: Path) -> None:
     assert (found["missing"], found["broken"]) == (0, 0)
 
 
+def test_several_statements_about_a_pair(tmp_path: Path) -> None:
+    shapes.write_shards(tmp_path, Split.TRAIN, 4, size=32)
+    once = list(open_source(shapes.write_statements(tmp_path, Split.TRAIN, 2)))
+    several = list(open_source(shapes.write_statements(tmp_path, Split.TRAIN, 2, each=3)))
+    names = [record.extra["identifier"] for record in several]
+    assert names == [f"train-{pair}-0-{number}" for pair in (0, 2) for number in range(3)]
+    assert [record.extra["statement"] for record in several[::3]] == [record.extra["statement"] for record in once]
+    assert len({record.extra["statement"] for record in several}) > 2
+    assert [record.extra["images"] for record in several] == [one.extra["images"] for one in once for _ in range(3)]
+
+
 @pytest.mark.parametrize(
     ("wrong", "missing"),
     [
@@ -128,7 +139,9 @@ def test_kept_statements_are_not_written_again(tmp_path: Path, capsys: pytest.Ca
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("wrong", [{"count": 0}, {"shard_size": 0}, {"start": -2}, {"image_format": "gif"}])
+@pytest.mark.parametrize(
+    "wrong", [{"count": 0}, {"each": 0}, {"shard_size": 0}, {"start": -2}, {"image_format": "gif"}]
+)
 def test_arguments_of_write_statements_are_checked(tmp_path: Path, wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"must be"):
         shapes.write_statements(tmp_path, Split.TRAIN, **{"count": 2, **wrong})  # type: ignore[arg-type]

@@ -200,6 +200,19 @@ def test_lists_are_cut_into_virtual_shards(tmp_path, monkeypatch):
     assert not open_source(write(tmp_path / "a.tar", tar_bytes(pair("a")))).in_memory
 
 
+def test_the_size_is_known_where_all_records_are_at_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LIST_SHARD", 2)
+    listed = write(tmp_path / "a.jsonl", '{"image": "a"}\n{broken\n{"image": "b"}\n{"image": "c"}')
+    tar = write(tmp_path / "a.tar", tar_bytes(pair("a")))
+    source = open_source(listed)
+    assert source.size == 4  # an unusable one too
+    assert source.count() == 3
+    assert open_source([listed, listed]).size == 8
+    assert open_source(tar).size is None
+    assert open_source([listed, tar]).size is None
+    assert open_source(karpathy(tmp_path), splits=["train"]).size == 2
+
+
 def test_braces_globs_and_several_locations(tmp_path):
     for number in range(12):
         write(tmp_path / f"t-{number:03d}.tar", tar_bytes(pair("a", caption=str(number))))

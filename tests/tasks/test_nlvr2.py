@@ -200,7 +200,7 @@ def test_attentions_and_pictures_exchanged_are_the_same(asymmetric: Nlvr2) -> No
 
 
 def test_connected_layers_attend_over_both_pictures_and_the_text(tokenizer: Tokenizer, build_model: Build) -> None:
-    task = make(fusion_of(build_model, tokenizer, "connected"), tokenizer, variant="merged")
+    task = make(fusion_of(build_model, tokenizer, "connected"), tokenizer, variant="merged", picture_types=True)
     first, second, text = encoded(task)
     assert len(task.second_attention) == 0
     expected = task.model.fuse(Encoded.join(first, second), text)
@@ -212,6 +212,8 @@ def test_fusion_of_one_picture_is_refused(
     tokenizer: Tokenizer, build_model: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merged = Nlvr2Config(variant="merged")
+    with pytest.raises(ValueError, match="sees two pictures alike, whatever their order: set picture_types=True"):
+        Nlvr2(fusion_of(build_model, tokenizer, "connected"), tokenizer, PIXELS, merged)
     with pytest.raises(ValueError, match="co-attention takes one picture"):
         Nlvr2(fusion_of(build_model, tokenizer, "co_attention"), tokenizer, PIXELS, merged)
     monkeypatch.delattr(MPlug, "pair_attention")  # then it is any model

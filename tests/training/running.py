@@ -19,14 +19,16 @@ from pathlib import Path
 import torch
 
 from triptych.data.transforms import HALF, Preprocessing
-from triptych.generation import BeamSearch
+from triptych.generation import BeamSearch, Sampling
 from triptych.models.mplug import MPlugConfig
 from triptych.models.text import TextConfig
 from triptych.models.vision import VisionConfig
 from triptych.objectives.alignment import AlignmentConfig
 from triptych.objectives.pretraining import PretrainingConfig
+from triptych.objectives.ranking import RankingConfig
 from triptych.tasks.captioning import CaptioningConfig
 from triptych.tasks.retrieval import RetrievalConfig
+from triptych.tasks.self_critical import SelfCriticalConfig
 from triptych.tasks.vqa import VqaConfig
 from triptych.training import checkpoint, flops, logs, runs
 from triptych.training.loop import TrainConfig, TrainingStopped
@@ -40,6 +42,8 @@ OBJECTIVES = {
     "retrieval": AlignmentConfig(queue_size=12, momentum=0.9, alpha_warmup=2),
     "captioning": CaptioningConfig(search=SEARCH),
     "vqa": VqaConfig(answering="classify", min_count=1, per_picture=2),
+    "self_critical": SelfCriticalConfig(CaptioningConfig(search=SEARCH), explore=Sampling(1, 4), count=3),
+    "ranking": RankingConfig(false_texts=2),
 }
 
 

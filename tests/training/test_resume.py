@@ -18,6 +18,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "accumulated in a worker": {"accumulate": 2, "workers": 1, "evaluate_every": 0},
     "captioning": {"objective": "captioning"},
     "retrieval": {"objective": "retrieval", "dropout": 0.0},
+    "ranking": {"objective": "ranking"},
+    "self-critical": {"objective": "self_critical"},
     "a head and its average": {"objective": "vqa", "ema": 0.7},
 }
 

@@ -18,7 +18,7 @@ _MISSING_LISTED = 5
 _COUNTED = ("captions", "questions", "answers", "phrases", "boxes", "statements", "hypotheses", "texts", "labels")
 _SHOWN = (
     *("question", "answers", "phrase", "box_xyxy", "statement", "hypothesis", "premise", "label"),
-    *("images", "video", "domain"),
+    *("text", "text_pair", "images", "video", "domain"),
 )
 _PLAIN = (str, bool, int, float, list)
 
@@ -34,9 +34,9 @@ def check(
     Returns:
         "formats" of the first files; the numbers of "shards", "records" and "broken" ones, of different "pictures" that
         could be decoded and "videos" that are there, of "captions", "questions", "answers", "phrases", "boxes",
-        "statements" and "hypotheses" of all records that are well formed, also if their picture is missing, and of
-        "missing" pictures and videos; "first_missing" locations; "first_broken", a key and a reason each; the
-        "smallest" and "largest" picture, (width, height); and "examples" of records.
+        "statements", "hypotheses", "texts" and "labels" of all records that are well formed, also if their picture is
+        missing, and of "missing" pictures and videos; "first_missing" locations; "first_broken", a key and a reason
+        each; the "smallest" and "largest" picture, (width, height); and "examples" of records.
 
     Raises:
         FileNotFoundError, ValueError: as `open_source`.

@@ -335,19 +335,21 @@ def write_statements(
     image_format: ImageFormat = "png",
     start: int = 0,
     config: ShapesConfig | None = None,
+    each: int = 1,
     keep: bool = False,
     show_progress: bool = False,
 ) -> Path:
-    """Write `count` statements about pairs of scenes to `statements-<split>.jsonl`, beside the shards of the scenes.
+    """Write statements about `count` pairs of scenes to `statements-<split>.jsonl`, beside the shards of the scenes.
 
-    Statement i is about scenes `start + 2 i` and `start + 2 i + 1`, which `write_shards` has written with the same
-    arguments (and not `distinct`). A line holds "identifier", "images" (the two pictures, as locations in the shards),
+    Pair i is scenes `start + 2 i` and `start + 2 i + 1`, which `write_shards` has written with the same arguments (and
+    not `distinct`). A line holds "identifier", "images" (the two pictures, as locations in the shards),
     "statement" and "label" (bool), as `triptych.data.lists` reads them. Identifiers are as in NLVR2, "test-12-0-0" for
-    scenes 12 and 13: each statement is a group of its own when consistency is counted.
+    scenes 12 and 13, "test-12-0-1" for their second statement: each is a group of its own when consistency is counted.
 
     Args:
         folder, split, shard_size, seed, image_format, config: as `write_shards` was given them.
-        count: how many statements, at least 1: half as many as scenes.
+        count: how many pairs, at least 1: half as many as scenes.
+        each: statements about a pair, at least 1.
         start: the first scene.
         keep: leave the file as it is if it is there; it must be of the same arguments. By default it is replaced.
         show_progress: show a progress bar with rate and remaining time on stderr.
@@ -357,6 +359,8 @@ def write_statements(
         FileNotFoundError: if a picture is not there.
     """
     _check_arguments(count, shard_size, start, image_format)
+    if each < 1:
+        raise ValueError(f"each must be at least 1, not {each}")
     folder = Path(folder)
     path = folder / f"statements-{split}.jsonl"
     if keep and path.exists():
@@ -367,19 +371,21 @@ def write_statements(
     }
     _find_pictures(folder, pictures.values())
     with (
-        progress(f"statements {split}", count, unit="statements", shown=show_progress) as advance,
+        progress(f"statements {split}", count, unit="pairs", shown=show_progress) as advance,
         replacing(path) as file,
     ):
         for index in range(start, start + 2 * count, 2):
             left, right = (generate_scene(seed, i, split, config) for i in (index, index + 1))
-            text, label = statement(left, right, scene_generator(seed, index, split, purpose=2))
-            line = {
-                "identifier": f"{split}-{index}-0-0",
-                "images": [pictures[index], pictures[index + 1]],
-                "statement": text,
-                "label": label,
-            }
-            file.write(json.dumps(line).encode() + b"\n")
+            rng = scene_generator(seed, index, split, purpose=2)
+            for number in range(each):
+                text, label = statement(left, right, rng)
+                line = {
+                    "identifier": f"{split}-{index}-0-{number}",
+                    "images": [pictures[index], pictures[index + 1]],
+                    "statement": text,
+                    "label": label,
+                }
+                file.write(json.dumps(line).encode() + b"\n")
             advance()
     return path
 

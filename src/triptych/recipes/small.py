@@ -29,7 +29,7 @@ def easy_vqa() -> Recipe:
         name="easy_vqa",
         objective=VqaConfig(per_picture=4, search=BeamSearch(1, 1, 4)),
         data=replace(recipe.data, preprocessing=replace(recipe.data.preprocessing, image_size=64), evaluate_limit=0),
-        train=replace(recipe.train, steps=1000, log_every=50, checkpoint_every=250),
+        train=replace(recipe.train, steps=800, log_every=50, checkpoint_every=400),
         optim=replace(recipe.optim, lr=6e-4, muon_lr=0.006, warmup_steps=50),
     )
 

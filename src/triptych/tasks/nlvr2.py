@@ -197,11 +197,13 @@ class Nlvr2(ItemTask[Statement, StatementBatch]):
         preprocessing: Preprocessing,
         config: Nlvr2Config | None = None,
     ) -> None:
-        """Raises ValueError where ``merged`` is asked of a model that fuses one picture at a time."""
+        """Raises ValueError where ``merged`` is asked of a model that cannot fuse two pictures, or tell them apart."""
         super().__init__(model, tokenizer, preprocessing, config)
         self.head = self._build_head(model)
         if self.config.variant == "merged":  # kept with the head: no other task has a use for it
             self.second_attention = model.pair_attention()
+            if len(self.second_attention) == 0 and not self.config.picture_types:
+                raise ValueError("this fusion sees two pictures alike, whatever their order: set picture_types=True")
         if self.config.picture_types:
             self.picture_types = nn.Parameter(torch.zeros(2, model.width))
 
