@@ -190,6 +190,8 @@ def test_answers_are_chosen_from_a_list(
         assert found <= set(answers)
     (tmp_path / "wrong.json").write_text('[["red"]]')
     assert "wrong.json must be a JSON list of texts" in fails(*common, "--answers", tmp_path / "wrong.json")
+    (tmp_path / "empty.json").write_text("[]")
+    assert "the list is empty" in fails(*common, "--answers", tmp_path / "empty.json")
     missing = fails(*common, "--answers", tmp_path / "none.json")
     assert "none.json" in missing
     assert "No such file" in missing

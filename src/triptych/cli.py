@@ -196,7 +196,7 @@ def evaluate(
         candidates=candidates,
         frames=frames,
         frame_rule=frame_rule,
-        answers=() if answers is None else _read_texts(answers),
+        answers=None if answers is None else _read_texts(answers),
     )
     report = predictor.evaluate(task, data, image_root, splits, limit=limit, blank=blank, fold=fold)
     if predictions is not None and report.predictions:

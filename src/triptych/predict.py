@@ -58,7 +58,7 @@ class Predictor:
         candidates: int | None = None,
         frames: int | None = None,
         frame_rule: FrameRule | None = None,
-        answers: Sequence[str] = (),
+        answers: Sequence[str] | None = None,
     ) -> Self:
         """Load a checkpoint folder or Hub id, on a GPU where there is one.
 
@@ -67,11 +67,11 @@ class Predictor:
             beams: width of the caption search; by default the checkpoint's.
             candidates: of retrieval, re-ranked by matching; by default the checkpoint's.
             frames, frame_rule: seen of a video; by default as the checkpoint says.
-            answers: choose every answer to a question among these.
+            answers: of a model for questions: choose every answer among these.
             compile: see :func:`triptych.training.parallel.compile_inference`.
 
         Raises:
-            ValueError: it has no tokenizer or preprocessing, or is only a part of a model.
+            ValueError: it has no tokenizer or preprocessing, or is only a part of a model; or ``answers`` do not help.
         """
         device = "cuda" if torch.cuda.is_available() else "cpu"
         loaded = load(checkpoint, device=device)
@@ -86,8 +86,11 @@ class Predictor:
             captioning = replace(captioning, search=replace(captioning.search, beams=beams))
         if candidates is not None:
             retrieval = replace(retrieval, candidates=candidates)
-        if answers:
-            task["vqa"] = {**task.get("vqa", {}), "answering": "rank", "answers": list(answers)}
+        if answers is not None:
+            if "vqa" not in task or not answers:
+                reason = "the list is empty" if "vqa" in task else f"{checkpoint} was not trained for vqa"
+                raise ValueError(f"answers to choose among: {reason}")
+            task["vqa"] = {**task["vqa"], "answering": "rank", "answers": list(answers)}
         preprocessing = loaded.preprocessing
         count = preprocessing.frames.count if frames is None else frames
         seen = FrameChoice(count, frame_rule or preprocessing.frames.rule)

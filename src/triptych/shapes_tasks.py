@@ -23,6 +23,7 @@ from triptych.data.samples import Record, decode_image
 from triptych.data.shapes import ShapesConfig, Split, write_shards, write_statements
 from triptych.data.shapes_clips import ClipFiles, write_clips
 from triptych.data.sources import open_source
+from triptych.data.writing import replacing
 from triptych.drawing import draw_box
 from triptych.metrics.boxes import paired_iou
 from triptych.predict import Predictor
@@ -183,13 +184,14 @@ def _write_still(files: ClipFiles) -> None:
         [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for path in (files.captions, files.questions)
     )
+    folder = files.captions.parent
     still = {
         _STILL_CAPTIONS: [row | {"captions": row["scene_captions"]} for row in captions],
         _STILL_QUESTIONS: [row for row in asked if row["kind"] != "motion"],
     }
     for name, rows in still.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (files.captions.parent / name).write_text(text, encoding="utf-8")
+        with replacing(folder / name) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def _train(name: str, trial: Trial, start: Path, folder: Path, steps: int | None) -> Path | None:

@@ -35,7 +35,10 @@ RETRIEVAL: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
     {
         "coco_base": mplug.retrieval_coco_base,
         "coco_large": mplug.retrieval_coco_large,
+        "flickr30k_base": mplug.retrieval_flickr30k_base,
+        "flickr30k_large": mplug.retrieval_flickr30k_large,
         "flickr8k": flickr8k.retrieval_flickr8k,
+        "flickr8k_itm": flickr8k.retrieval_itm_flickr8k,
         "shapes_tiny": shapes.retrieval_shapes_tiny,
         "shapes_tiny_itm": shapes.retrieval_itm_shapes_tiny,
     }

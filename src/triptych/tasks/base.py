@@ -297,7 +297,7 @@ def mean_credits(judged: Sequence[tuple[str | None, float]], name: str) -> dict[
 
 def at_most(size: int | None, limit: int) -> int | None:
     """How many pictures an evaluation looks at, if that is known; a limit of 0 is none."""
-    return min(size, limit) if size is not None and limit else size or limit or None
+    return min(size, limit) if size is not None and limit else size
 
 
 def _first(batches: Iterator[list[Shown[Item]]], limit: int) -> Iterator[list[Shown[Item]]]:
