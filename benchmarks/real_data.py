@@ -5,9 +5,9 @@
 
 DATA has the folders flickr8k, easy_vqa, daquar, snli_ve, nlvr, coco_mini and video; MODELS has the runs of
 ``docs/flickr8k.md``: flickr8k, flickr8k-caption, flickr8k-retrieval and flickr8k-itm. Lists in our own format are
-written under ``--folder/lists``; each training is a run under ``--folder``, and what is done is not done again. Tests are
-paired:
-McNemar's where an item is right or wrong, the bootstrap elsewhere, against the same model shown grey pictures.
+written under ``--folder/lists``; each training is a run under ``--folder``, and what is done is not done again.
+Tests are paired: McNemar's where an item is right or wrong, the bootstrap elsewhere, against the same model shown grey
+pictures.
 
 Splits: easy_vqa and NLVR have their own; DAQUAR's images, SNLI-VE's photographs and those of NLVR's boxes are divided
 by a hash of their names, so that no picture is on both sides. SNLI-VE has five folds, since it has 205 photographs;
@@ -31,7 +31,7 @@ from common import surroundings
 from triptych.ask import ask
 from triptych.data.sources import open_source
 from triptych.predict import Predictor
-from triptych.recipes import small
+from triptych.recipes import small, unimodal
 from triptych.tasks.comparison import Comparison, compare, paired_test
 from triptych.tasks.registry import task_for
 from triptych.training.parallel import autocast
@@ -68,6 +68,19 @@ def easy_vqa(data: Path, fold: int) -> Sides:
         side: by_picture(rows_of(data / f"easy_vqa/{side}.jsonl"), f"{data}/easy_vqa/{side}.tar:".__add__, "questions")
         for side in ("train", "test")
     }
+
+
+def easy_shapes(data: Path, fold: int) -> Sides:
+    """The shape of each drawing, from the answers to its questions."""
+    shapes = ("circle", "rectangle", "triangle")
+    sides: Sides = {}
+    for side in ("train", "test"):
+        shape_of = {
+            row["image"]: row["answer"] for row in rows_of(data / f"easy_vqa/{side}.jsonl") if row["answer"] in shapes
+        }
+        place = f"{data}/easy_vqa/{side}.tar:"
+        sides[side] = [{"image": place + image, "label": shape} for image, shape in shape_of.items()]
+    return sides
 
 
 def daquar(data: Path, fold: int) -> Sides:
@@ -161,11 +174,12 @@ class Trial:
 
 TRIALS = {
     "easy_vqa": Trial(small.easy_vqa, easy_vqa),
-    "daquar": Trial(small.daquar, daquar, "flickr8k"),
+    "easy_shapes": Trial(unimodal.images_tiny, easy_shapes),
+    "daquar": Trial(small.daquar, daquar, "flickr8k-itm"),
     "snli_ve": Trial(small.snli_ve_flickr8k, snli_ve, "flickr8k-itm", folds=FOLDS),
     "nlvr": Trial(small.nlvr, nlvr),
     "nlvr_boxes": Trial(small.nlvr_boxes, nlvr_boxes),
-    "coco_boxes": Trial(small.coco_boxes, coco_boxes, "flickr8k"),
+    "coco_boxes": Trial(small.coco_boxes, coco_boxes, "flickr8k-itm"),
     "flickr8k_scst": Trial(small.self_critical_flickr8k, None, "flickr8k-caption", "caption"),
 }
 

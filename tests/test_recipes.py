@@ -53,11 +53,13 @@ def test_pretraining_recipes_state_their_command(name: str) -> None:
         assert part in text
 
 
-def test_every_task_with_pictures_has_a_laptop_size() -> None:
+def test_every_task_has_a_laptop_size() -> None:
     assert set(recipes.FINETUNING) == {"retrieval", *TASKS}
-    of_one_encoder = {"image_classification", "text_classification"}  # as published only
+    of_one_encoder = {"image_classification", "text_classification"}
     for functions in (recipes.PRETRAINING, *(recipes.FINETUNING[task] for task in {*TASKS} - of_one_encoder)):
         assert "shapes_tiny" in functions
+    for task in of_one_encoder:
+        assert "tiny" in recipes.FINETUNING[task]
     for functions in (recipes.PRETRAINING, recipes.CAPTIONING, recipes.RETRIEVAL):
         assert "flickr8k" in functions
 
@@ -231,7 +233,7 @@ GLUE = {  # training examples of the benchmark, and the metric of ``run_glue.py`
 
 def test_glue_of_bridgetower() -> None:
     """``run_glue.py``: 10 epochs, 512 tokens, decay 0.1, eps 1e-6, betas (0.9, 0.98), warm-up 0.06."""
-    assert set(recipes.FINETUNING["text_classification"]) == {f"glue_{name}" for name in GLUE}
+    assert set(recipes.FINETUNING["text_classification"]) == {"tiny", *(f"glue_{name}" for name in GLUE)}
     for name, (examples, score) in GLUE.items():
         recipe = ALL[f"text_classification glue_{name}"]()
         objective, optim, train = recipe.objective, recipe.optim, recipe.train

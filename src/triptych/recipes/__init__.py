@@ -83,7 +83,15 @@ NLVR2: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
 )
 
 IMAGE_CLASSIFICATION: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
-    {"cifar_base": unimodal.cifar_base, "cifar_probe_base": unimodal.cifar_probe_base}
+    {
+        "cifar_base": unimodal.cifar_base,
+        "cifar_probe_base": unimodal.cifar_probe_base,
+        "tiny": unimodal.images_tiny,
+    }
+)
+
+TEXT_CLASSIFICATION: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
+    {**unimodal.GLUE, "tiny": unimodal.texts_tiny}
 )
 
 FINETUNING: Mapping[str, Mapping[str, Callable[[], Recipe]]] = MappingProxyType(
@@ -95,7 +103,7 @@ FINETUNING: Mapping[str, Mapping[str, Callable[[], Recipe]]] = MappingProxyType(
         "grounding": GROUNDING,
         "nlvr2": NLVR2,
         "image_classification": IMAGE_CLASSIFICATION,
-        "text_classification": unimodal.GLUE,
+        "text_classification": TEXT_CLASSIFICATION,
     }
 )
 

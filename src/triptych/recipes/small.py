@@ -47,7 +47,7 @@ def _flickr8k(name: str, steps: int) -> Recipe:
 
 
 def daquar() -> Recipe:
-    """Questions about indoor photographs (DAQUAR), from :func:`flickr8k`; three minutes.
+    """Questions about indoor photographs (DAQUAR), from matching on Flickr8k as below; three minutes.
 
     Answers are lists that count as sets: give the parts in one order as one text.
     """
@@ -55,8 +55,17 @@ def daquar() -> Recipe:
 
 
 def snli_ve_flickr8k() -> Recipe:
-    """The entailment pairs of SNLI-VE whose photographs Flickr8k has, from :func:`flickr8k`; three minutes."""
-    return replace(_flickr8k("snli_ve_flickr8k", 200), objective=EntailmentConfig(per_picture=3, head_dropout=0.1))
+    """The entailment pairs of SNLI-VE whose photographs Flickr8k has; less than a minute.
+
+    From :func:`triptych.recipes.flickr8k.retrieval_itm_flickr8k`, whose fused state knows whether a text fits: from
+    pre-training alone what is learned of 165 photographs is not significantly better than blind.
+    """
+    recipe = _flickr8k("snli_ve_flickr8k", 100)
+    return replace(
+        recipe,
+        objective=EntailmentConfig(per_picture=4, head_dropout=0.1),
+        optim=replace(recipe.optim, lr=1e-4, muon_lr=1.5e-3),
+    )
 
 
 def nlvr() -> Recipe:
@@ -87,7 +96,7 @@ def nlvr_boxes() -> Recipe:
 
 
 def coco_boxes() -> Recipe:
-    """Categories that occur once in a COCO photograph, from :func:`flickr8k`; a minute on 80 photographs."""
+    """Categories that occur once in a COCO photograph, from matching on Flickr8k; a minute on 80 photographs."""
     return replace(_flickr8k("coco_boxes", 150), objective=GroundingConfig(bins=96, weighting="none", per_picture=4))
 
 
