@@ -21,7 +21,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -228,10 +228,12 @@ def together(found: list[Comparison]) -> Row:
 def once(name: str, trial: Trial, data: Path, models: Path, folder: Path) -> Row:
     """The result that is there, or a new one."""
     path = folder / f"{name}.json"
-    if not path.exists():
-        found = run(name, trial, data, models, folder)
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))
+    settings = json.loads(json.dumps({"recipe": asdict(trial.recipe()), "start": trial.start, "folds": trial.folds}))
+    done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if done.get("settings") != settings:  # a run of other settings is refused when it is taken up
+        done = {"settings": settings, "result": run(name, trial, data, models, folder)}
+        path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+    return done["result"]
 
 
 def write_lists(name: str, trial: Trial, data: Path, folder: Path, fold: int) -> tuple[str, str]:

@@ -198,7 +198,7 @@ def test_answers_are_chosen_from_a_list(
 
 
 def test_a_comparison_with_grey_pictures_and_the_commonest_answer(
-    run: Run, fails: Callable[..., str], world: Path, answering: Path
+    run: Run, fails: Callable[..., str], world: Path, answering: Path, pretrained: Path
 ) -> None:
     common = ["compare", "vqa", "--checkpoint", answering, "--data", world / "test-*.tar", "--limit", 4]
     found = run(*common, "--training-data", world / "train-*.tar")
@@ -209,6 +209,8 @@ def test_a_comparison_with_grey_pictures_and_the_commonest_answer(
     without = run(*common)
     assert "majority" not in without
     assert {name: without[name] for name in without} == {name: found[name] for name in without}
+    common[3] = pretrained
+    assert "no commonest answer" in fails("compare", "caption", *common[2:], "--training-data", world / "train-*.tar")
     captions = run("compare", "caption", *common[2:])
     assert list(captions) == ["metric", "model", "blind", "model against blind"]
     assert captions["model against blind"] == {}
@@ -367,7 +369,7 @@ def test_mistakes_are_one_line(fails: Callable[..., str], world: Path, pretraine
     assert "caption needs files" in fails("predict", "caption", "--checkpoint", pretrained)
     assert "--save is for grounding" in fails("predict", "caption", "x.png", "--checkpoint", pretrained, "--save", ".")
     assert "frames need a count" in fails("predict", "caption", "x.mp4", "--checkpoint", pretrained, "--frames", 0)
-    assert "nowhere.png" in fails("predict", "caption", tmp_path / "nowhere.png", "--checkpoint", pretrained)
+    assert "none of the files" in fails("predict", "caption", tmp_path / "nowhere.png", "--checkpoint", pretrained)
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,14 @@ def evaluate(
     """
     from triptych.predict import Predictor
 
+    given = {"candidates": candidates is not None, "fold": fold != 0}
+    wrong = next((name for name, value in given.items() if value and task != "retrieval"), None)
+    if wrong is not None:
+        raise ValueError(f"--{wrong} is for retrieval")
+    if predictions is not None and task == "retrieval":
+        raise ValueError("retrieval has no predictions to write")
+    if predictions is not None and not predictions.parent.is_dir():
+        raise ValueError(f"there is no folder {predictions.parent} for the predictions")
     predictor = Predictor.load(
         checkpoint,
         precision=precision,
@@ -199,10 +207,10 @@ def evaluate(
         answers=None if answers is None else _read_texts(answers),
     )
     report = predictor.evaluate(task, data, image_root, splits, limit=limit, blank=blank, fold=fold)
-    if predictions is not None and report.predictions:
+    _print_json(report.scores)
+    if predictions is not None:
         _write_predictions(task, report.predictions, predictions)
         _say(f"wrote {len(report.predictions)} predictions to {predictions}")
-    _print_json(report.scores)
 
 
 def compare(
@@ -234,6 +242,8 @@ def compare(
     from triptych.tasks.comparison import compare as run
     from triptych.training.parallel import autocast
 
+    if training_data and task == "caption":
+        raise ValueError("captions have no commonest answer: compare them without --training-data")
     predictor = Predictor.load(checkpoint, precision=precision)
     source = open_source(data, image_root=image_root, splits=splits)
     training = open_source(training_data, image_root=image_root, splits=training_splits) if training_data else None
@@ -334,7 +344,8 @@ def predict(
     """Use a checkpoint on pictures and videos: one JSON object an answer on stdout.
 
     Args:
-        task: what to do; retrieval orders the files for each text, nlvr2 judges a statement about one or two pictures.
+        task: what to do; retrieval lists the best files for each text, nlvr2 judges a statement about one or two
+            pictures.
         files: picture or video files.
         checkpoint: a checkpoint folder; by default the one that ``make demo`` leaves.
         text: questions (vqa), phrases (grounding), hypotheses (entailment), statements (nlvr2), or descriptions
@@ -349,6 +360,8 @@ def predict(
 
     if save is not None and task != "grounding":
         raise ValueError("--save is for grounding")
+    if beams is not None and task != "caption":
+        raise ValueError("--beams is for captions")
     predictor = Predictor.load(checkpoint, precision=precision, beams=beams, frames=frames)
     for number, answer in enumerate(ask(predictor, task, files, text)):
         if save is not None:

@@ -73,25 +73,27 @@ def _run(folder: Path, quick: bool, tasks: bool, command: str) -> int:
     _say(f"\nthe report: {folder / 'report.html'}\nthe numbers: {folder / 'results.json'}")
     for what, line in shapes_demo.next_steps(folder):
         _say(f"\n{what}\n  {line}")
-    if tasks and not _run_tasks(folder, config):
-        return 130
+    if tasks and (code := _run_tasks(folder, config)):
+        return code
     if quick:
         _say("\nthis was a smoke test; without --quick the demo trains a model that can do something")
     return 0
 
 
-def _run_tasks(folder: Path, config: DemoConfig) -> bool:
-    """The second part; False if a signal stopped it."""
+def _run_tasks(folder: Path, config: DemoConfig) -> int:
+    """The second part; returns the exit code."""
     from triptych.shapes_tasks import run_tasks
+    from triptych.training.loop import TrainingStopped
 
     try:
         finished = run_tasks(folder, config)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, TrainingStopped) as error:
         _say(f"demo: {error}")
-        return False
-    if finished:
-        _say(f"\nthe tasks: {folder / 'tasks.html'}\ntheir numbers: {folder / 'tasks.json'}")
-    return finished
+        return 2
+    if not finished:  # the training has said so
+        return 130
+    _say(f"\nthe tasks: {folder / 'tasks.html'}\ntheir numbers: {folder / 'tasks.json'}")
+    return 0
 
 
 def _say(text: str) -> None:

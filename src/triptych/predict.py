@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -14,19 +15,22 @@ from triptych.checkpoints.configs import from_json
 from triptych.checkpoints.folder import load
 from triptych.checkpoints.reading import Tensors
 from triptych.data.pictures import alike, file_record, read_pictures, show, stack
+from triptych.data.samples import BrokenSample
 from triptych.data.sources import Source, open_source
 from triptych.data.tokenizers import Tokenizer
-from triptych.data.transforms import FrameChoice, FrameRule, Preprocessing
+from triptych.data.transforms import FrameChoice, FrameRule, Preprocessing, Transform
 from triptych.generation import BeamSearch
 from triptych.models.protocol import VisionLanguageModel
 from triptych.progress import counted, progress
-from triptych.tasks.base import Report, Task, at_most
+from triptych.tasks.base import ItemTask, Report, Task, at_most
 from triptych.tasks.captioning import Captioning, CaptioningConfig
 from triptych.tasks.registry import TASKS
 from triptych.tasks.retrieval import RetrievalConfig, encode_collection, evaluate_retrieval, pairs_to_match
 from triptych.training.parallel import Precision, autocast, compile_inference
 
 _BATCH = 32
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,10 @@ class Predictor:
         if candidates is not None:
             retrieval = replace(retrieval, candidates=candidates)
         if answers is not None:
-            if "vqa" not in task or not answers:
-                reason = "the list is empty" if "vqa" in task else f"{checkpoint} was not trained for vqa"
+            settings = task.get("vqa", {})
+            if "vqa" not in task or not answers or settings.get("answering") == "classify":
+                reason = "the list is empty" if settings else f"{checkpoint} was not trained for vqa"
+                reason = "the checkpoint classifies, by answers of its own" if answers and settings else reason
                 raise ValueError(f"answers to choose among: {reason}")
             task["vqa"] = {**task["vqa"], "answering": "rank", "answers": list(answers)}
         preprocessing = loaded.preprocessing
@@ -114,14 +120,17 @@ class Predictor:
         return next(self.model.parameters()).device
 
     def caption_files(self, paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
-        """Captions of picture and video files, a batch at a time."""
+        """Captions of picture and video files, a batch at a time; files that cannot be read are skipped and logged."""
         task = self.captioner()
         transform, frames = self.preprocessing.test_transform(), self.preprocessing.frames
         for some in alike(paths, at_once=_BATCH):
-            pixels = stack([show(file_record(path), transform, frames) for path in some]).to(self.device)
+            tried = [(path, _shown(path, transform, frames)) for path in some]
+            shown = [(path, pixels) for path, pixels in tried if pixels is not None]
+            if not shown:
+                continue
             with autocast(self.device, self.precision):
-                captions = task.caption(pixels)
-            yield from zip(some, captions, strict=True)
+                captions = task.caption(stack([pixels for _, pixels in shown]).to(self.device))
+            yield from zip((path for path, _ in shown), captions, strict=True)
 
     def evaluate(
         self,
@@ -149,10 +158,13 @@ class Predictor:
         with autocast(self.device, self.precision):
             if task != "retrieval":
                 return self.task(task).evaluate(source, limit=limit, blank=blank)
+            self.check(task)
             return self._retrieve(source, limit, blank, fold)
 
     def _retrieve(self, source: Source, limit: int, blank: bool, fold: int) -> Report:
         """Recalls of the whole data set, or their means over folds."""
+        if fold < 0:
+            raise ValueError(f"fold must not be negative: {fold}")
         batch = _BATCH if fold == 0 else max(size for size in range(1, _BATCH + 1) if fold % size == 0)
         pictures = counted(
             read_pictures(source, self.preprocessing, batch, limit),
@@ -166,6 +178,9 @@ class Predictor:
             collection = encode_collection(
                 self.model, self.tokenizer, self.preprocessing, part, self.retrieval, blank=blank
             )
+            if found and len(collection.records) < fold:
+                logger.warning("left out the last %d pictures, less than a fold", len(collection.records))
+                break
             with progress("matching", pairs_to_match(collection, self.retrieval), unit="pairs") as advance:
                 found.append(evaluate_retrieval(self.model, collection, self.retrieval, advance).scores)
         if not found:
@@ -178,17 +193,41 @@ class Predictor:
         Raises:
             ValueError: the checkpoint was not trained for this task.
         """
+        self.check(name)
         if name == Captioning.name:
             return self.captioner()
-        if name not in self.settings:
-            known = ", ".join(["retrieval", *(task for task in TASKS if task in self.settings)])
-            raise ValueError(f"this checkpoint was not trained for {name}, only for: {known}")
         kind = TASKS[name]
         config = from_json(kind.config_type, self.settings[name], f"task.{name}")
         task = kind(self.model, self.tokenizer, self.preprocessing, config)
         task.load_own_state(dict(self.head))
         return task.to(self.device).eval()
 
+    def item_task(self, name: str) -> ItemTask[Any, Any]:
+        """:meth:`task`, of those that ask things of pictures."""
+        task = self.task(name)
+        if not isinstance(task, ItemTask):
+            raise ValueError(f"{name} asks nothing of pictures")
+        return task
+
+    def check(self, name: str) -> None:
+        """Whether the checkpoint can do a task; one that says nothing, as a converted one, captions and retrieves.
+
+        Raises:
+            ValueError: it was not trained for it.
+        """
+        known = [task for task in ("retrieval", *TASKS) if task in self.settings]
+        if name not in (known if self.settings else ("retrieval", Captioning.name)):
+            raise ValueError(f"this checkpoint was not trained for {name}, only for: {', '.join(known) or 'nothing'}")
+
     def captioner(self) -> Captioning:
         """The model as a captioner of pixels, set up as the checkpoint says."""
         return Captioning(self.model, self.tokenizer, self.preprocessing, self.captioning).eval()
+
+
+def _shown(path: Path, transform: Transform, frames: FrameChoice) -> torch.Tensor | None:
+    """Pixels of a file; None, and a line in the log, if it cannot be read."""
+    try:
+        return show(file_record(path), transform, frames)
+    except BrokenSample as error:
+        logger.warning("skipped %s", error)
+        return None

@@ -62,13 +62,14 @@ class DemoConfig:
 
     def pretraining(self) -> Recipe:
         """``shapes_tiny``, with fewer steps where the demo has fewer."""
-        return self._shortened(shapes_tiny())
+        return self.shortened(shapes_tiny())
 
     def captioning(self) -> Recipe:
         """``caption_shapes_tiny``, likewise."""
-        return self._shortened(caption_shapes_tiny())
+        return self.shortened(caption_shapes_tiny())
 
-    def _shortened(self, recipe: Recipe) -> Recipe:
+    def shortened(self, recipe: Recipe) -> Recipe:
+        """A recipe with the demo's number of steps, if it has one."""
         if self.steps is None:
             return recipe
         train = replace(recipe.train, steps=self.steps, log_every=min(recipe.train.log_every, 5))
@@ -124,7 +125,7 @@ def run_demo(folder: Path, config: DemoConfig, command: str) -> Mapping[Split, E
         ValueError: the folder holds a demo of another size, or of another version's recipe.
     """
     recipes = {"pretraining": config.pretraining(), "captioning": config.captioning()}
-    _claim(folder, {"demo": asdict(config), **{name: asdict(recipe) for name, recipe in recipes.items()}})
+    claim(folder / "demo.json", {"demo": asdict(config), **{name: asdict(recipe) for name, recipe in recipes.items()}})
     shards = write_world(folder / "data", config)
     models: dict[str, Path] = {}
     for name, recipe in recipes.items():
@@ -150,9 +151,13 @@ def run_demo(folder: Path, config: DemoConfig, command: str) -> Mapping[Split, E
     return evaluations
 
 
-def _claim(folder: Path, settings: Mapping[str, object]) -> None:
-    """Note what a demo's folder was made with; what is there of other settings must not be mixed with it."""
-    path, settings = folder / "demo.json", json.loads(json.dumps(settings))
+def claim(path: Path, settings: Mapping[str, object]) -> None:
+    """Note in a file what a demo's folder was made with; what is there of other settings must not be mixed with it.
+
+    Raises:
+        ValueError: the file notes something else.
+    """
+    folder, settings = path.parent, json.loads(json.dumps(settings))
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,9 @@ from triptych.data.writing import replacing
 from triptych.drawing import draw_box
 from triptych.metrics.boxes import paired_iou
 from triptych.predict import Predictor
-from triptych.recipes import shapes as recipes
+from triptych.recipes import shapes as shapes_recipes
 from triptych.report import Captioned, Column, Rows, Section
-from triptych.shapes_demo import DemoConfig, exact_share, names_exactly
-from triptych.tasks.base import ItemTask
+from triptych.shapes_demo import DemoConfig, claim, exact_share, names_exactly
 from triptych.tasks.comparison import compare
 from triptych.training.parallel import autocast, process_group
 from triptych.training.runs import Recipe, run_recipe
@@ -76,7 +75,7 @@ TRIALS: Mapping[str, Trial] = {
         "pretraining",
         "train-*.tar",
         "test-*.tar",
-        recipes.vqa_shapes_tiny,
+        shapes_recipes.vqa_shapes_tiny,
         best=90,
     ),
     "grounding": Trial(
@@ -86,7 +85,7 @@ TRIALS: Mapping[str, Trial] = {
         "vqa",
         "train-*.tar",
         "test-*.tar",
-        recipes.grounding_shapes_tiny,
+        shapes_recipes.grounding_shapes_tiny,
         best=80,
     ),
     "nlvr2": Trial(
@@ -96,7 +95,7 @@ TRIALS: Mapping[str, Trial] = {
         "vqa",
         "statements-train.jsonl",
         "pairs/statements-test.jsonl",
-        recipes.nlvr2_shapes_tiny,
+        shapes_recipes.nlvr2_shapes_tiny,
         best=75,
     ),
     "entailment": Trial(
@@ -106,7 +105,7 @@ TRIALS: Mapping[str, Trial] = {
         "vqa",
         "train-*.tar",
         "test-*.tar",
-        recipes.entailment_shapes_tiny,
+        shapes_recipes.entailment_shapes_tiny,
         best=85,
     ),
     "captions": Trial("captions, CIDEr", "caption", "CIDEr", "captioning", "train-*.tar", "test-*.tar", factor=100),
@@ -117,7 +116,7 @@ TRIALS: Mapping[str, Trial] = {
         "captioning",
         "train-*.tar",
         "test-*.tar",
-        recipes.self_critical_shapes_tiny,
+        shapes_recipes.self_critical_shapes_tiny,
         factor=100,
     ),
     "clip_captions": Trial(
@@ -143,13 +142,16 @@ TRIALS: Mapping[str, Trial] = {
 def run_tasks(folder: Path, config: DemoConfig) -> bool:
     """Do or go on with all of it in the folder of the first part; False if a signal stopped it."""
     data = folder / "data"
+    trainings = {name: trial.recipe for name, trial in TRIALS.items()}
+    recipes = {name: asdict(config.shortened(recipe())) for name, recipe in trainings.items() if recipe is not None}
+    claim(folder / "tasks-demo.json", recipes)
     write_data(data, config)
     models = {name: folder / name / "model" for name in ("pretraining", "captioning")}
     path = folder / "tasks.json"
     done: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, trial in TRIALS.items():
         start = models[trial.start]
-        model = start if trial.recipe is None else _train(name, trial, start, folder, config.steps)
+        model = start if trial.recipe is None else _train(name, trial, start, folder, config)
         if model is None:
             return False
         models[name] = model
@@ -194,15 +196,12 @@ def _write_still(files: ClipFiles) -> None:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def _train(name: str, trial: Trial, start: Path, folder: Path, steps: int | None) -> Path | None:
+def _train(name: str, trial: Trial, start: Path, folder: Path, config: DemoConfig) -> Path | None:
     """Fine-tune from a model; None if a signal stopped it."""
     assert trial.recipe is not None
-    recipe = trial.recipe()
+    recipe = config.shortened(trial.recipe())
     data = replace(recipe.data, train=(str(folder / "data" / trial.data),), evaluate=())
     recipe = replace(recipe, data=data, start=(str(start),))
-    if steps is not None:
-        train = replace(recipe.train, steps=steps, log_every=min(recipe.train.log_every, 5))
-        recipe = replace(recipe, train=train, optim=replace(recipe.optim, warmup_steps=0))
     sys.stderr.write(f"{trial.title}, {recipe.name}: {recipe.train.steps} steps of {recipe.train.batch_size}\n")
     with process_group() as process:
         run = run_recipe(recipe, folder / name, process)
@@ -291,7 +290,7 @@ def write_page(folder: Path, done: Mapping[str, Mapping[str, Any]], models: Mapp
 
 def _answered(model: Path, records: Sequence[Record]) -> Iterator[Captioned]:
     """A question about each picture, another one each time, and what the model answers."""
-    task = _item_task(model, "vqa")
+    task = Predictor.load(model).item_task("vqa")
     for number, record in enumerate(records):
         asked = record.extra["questions"][number % len(record.extra["questions"])]
         answer = task.answer([replace(record, extra={"questions": [asked]})])[0]
@@ -301,7 +300,7 @@ def _answered(model: Path, records: Sequence[Record]) -> Iterator[Captioned]:
 
 def _located(model: Path, records: Sequence[Record]) -> Iterator[Captioned]:
     """A phrase about each picture, another one each time, and where the model finds it."""
-    task = _item_task(model, "grounding")
+    task = Predictor.load(model).item_task("grounding")
     for number, record in enumerate(records):
         phrase = record.extra["phrases"][number % len(record.extra["phrases"])]
         box = task.answer([replace(record, extra={"phrases": [phrase]})])[0]
@@ -310,12 +309,6 @@ def _located(model: Path, records: Sequence[Record]) -> Iterator[Captioned]:
         large = picture.resize((_ENLARGED * picture.width, _ENLARGED * picture.height), Image.Resampling.NEAREST)
         drawn = draw_box(large, [_ENLARGED * number for number in box], phrase["text"])
         yield Captioned(drawn, phrase["text"], (phrase["text"],), overlap >= 0.5)
-
-
-def _item_task(model: Path, name: str) -> ItemTask[Any, Any]:
-    task = Predictor.load(model).task(name)
-    assert isinstance(task, ItemTask)
-    return task
 
 
 def _clips(model: Path, data: Path) -> Iterator[Captioned]:

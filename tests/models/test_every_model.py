@@ -1,4 +1,4 @@
-"""What every registered network must do. A new one needs a line in ``CASES`` and nothing else.
+"""What every registered network must do. A new one needs a line in ``CASES`` (``conftest.py``) and nothing else.
 
 Shape legend: B batch, N image tokens, L text tokens, D width, E embedding width, V vocabulary, H heads, M keys.
 """
@@ -7,102 +7,23 @@ import copy
 import dataclasses
 import io
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from triptych.data.samples import Record
-from triptych.data.tokenizers import Tokenizer, train_wordpiece
-from triptych.data.transforms import HALF, Preprocessing
-from triptych.generation import BeamSearch
 from triptych.models import MODELS, build
 from triptych.models.layers import Attention, record_attention, use_explicit_attention
-from triptych.models.mplug import FusionKind, MPlugConfig
 from triptych.models.protocol import Encoded, Fused, VisionLanguageModel
 from triptych.models.text import TextConfig
-from triptych.models.vision import VisionConfig
-from triptych.tasks.base import Task
-from triptych.tasks.captioning import CaptioningConfig
-from triptych.tasks.grounding import Grounding, GroundingConfig
-from triptych.tasks.image_classification import ImageClassification, ImageClassificationConfig, LabelledImage
-from triptych.tasks.nlvr2 import Nlvr2, Nlvr2Config, Statement
-from triptych.tasks.self_critical import ReferencedBatch, SelfCritical, SelfCriticalConfig
-from triptych.tasks.text_classification import LabelledText, TextClassification, TextClassificationConfig
 from triptych.training.parallel import compile_inference
-
-
-@dataclass(frozen=True)
-class Case:
-    """A small network and what a test must know of it.
-
-    Attributes:
-        unread: begin the names of parameters that the pooled state does not depend on: tasks that read no more of the
-            fused state leave them without a gradient.
-    """
-
-    model_type: str
-    config: Any
-    patch: int = 8
-    image_size: int = 32
-    vocab: int = 61
-    max_text: int = 24
-    unread: tuple[str, ...] = ()
-
-
-def mplug(fusion: FusionKind, vision_width: int) -> Case:
-    vision = VisionConfig(vision_width, layers=2, heads=2, patch=8, image_size=32, attention_dropout=0.1)
-    text = TextConfig(vocab_size=61, width=32, heads=2, ffn=48, max_positions=24)
-    sizes = {"text_layers": 2, "fusion_layers": 3, "decoder_layers": 2, "embed_dim": 16}
-    return Case("mplug", MPlugConfig(vision, text, fusion=fusion, stride=2, **sizes))
-
-
-def with_stem(case: Case) -> Case:
-    """The same network with convolutions in front of its Transformer."""
-    vision = dataclasses.replace(case.config.vision, stem="convolution")
-    return dataclasses.replace(case, config=dataclasses.replace(case.config, vision=vision))
-
-
-CASES = {
-    "mplug": mplug("skip", 48),
-    "mplug-convolution-stem": with_stem(mplug("skip", 48)),
-    "mplug-asymmetric": mplug("asymmetric", 32),
-    "mplug-connected": mplug("connected", 32),
-    "mplug-co_attention": dataclasses.replace(mplug("co_attention", 32), unread=("fusion.layers.2.image_block.",)),
-}
-
-FIRST = {case.model_type: case for case in reversed(CASES.values())}
-"""One case a network, for what takes seconds."""
 
 B, L = 3, 7
 LENGTHS = (7, 4, 1)
-
-
-@pytest.fixture(params=CASES.values(), ids=CASES.keys())
-def case(request: pytest.FixtureRequest) -> Case:
-    return request.param
-
-
-def small(case: Case, seed: int = 0) -> VisionLanguageModel:
-    """In evaluation mode, with every parameter away from its start, so that none can be ignored unnoticed."""
-    torch.manual_seed(seed)
-    model = build(case.model_type, case.config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name != "temperature":
-                parameter.add_(torch.randn_like(parameter), alpha=0.15)
-    return model
-
-
-@pytest.fixture
-def model(case: Case) -> VisionLanguageModel:
-    return small(case)
 
 
 @dataclass(frozen=True)
@@ -125,7 +46,7 @@ class Inputs:
 
 
 @pytest.fixture
-def inputs(case: Case) -> Inputs:
+def inputs(case: Any) -> Inputs:
     torch.manual_seed(1)
     mask_BL = torch.arange(L) < torch.tensor(LENGTHS)[:, None]
     ids_BL = torch.randint(1, case.vocab, (B, L))
@@ -201,8 +122,8 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         )
 
 
-def test_every_model_has_a_case_and_a_tiny_size() -> None:
-    assert {case.model_type for case in CASES.values()} == set(MODELS)
+def test_every_model_has_a_case_and_a_tiny_size(cases: dict[str, Any]) -> None:
+    assert {case.model_type for case in cases.values()} == set(MODELS)
     for model_type, family in MODELS.items():
         assert family.model.model_type == model_type
         assert all(isinstance(config, family.config) for config in family.sizes.values())
@@ -228,7 +149,7 @@ def test_what_cannot_be_built_is_named() -> None:
         build("mplug", TextConfig())
 
 
-def test_shapes(model: VisionLanguageModel, case: Case, inputs: Inputs) -> None:
+def test_shapes(model: VisionLanguageModel, case: Any, inputs: Inputs) -> None:
     out = run(model, inputs)
     N, D = (case.image_size // case.patch) ** 2 + 1, model.width
     assert out.image.hidden_BLD.shape[:2] == (B, N)
@@ -293,9 +214,31 @@ def test_parts_divide_the_parameters(model: VisionLanguageModel) -> None:
         assert {owners[name] for name, p in model.named_parameters() if p.requires_grad} == {part}
     model.train_only(*model.parts)
     assert all(parameter.requires_grad for parameter in model.parameters())
+    model.train_only("fusion", "fused_image")
+    assert {owners[name] for name, p in model.named_parameters() if p.requires_grad} == {"fusion"}
+    assert all(p.requires_grad for name, p in model.named_parameters() if owners[name] == "fusion")
 
 
-@pytest.mark.parametrize("case", FIRST.values(), ids=FIRST.keys(), indirect=True)
+@pytest.mark.parametrize("reader", ["decoder", "fused_image"])
+def test_who_reads_fused_images_trains_what_makes_them(model: VisionLanguageModel, inputs: Inputs, reader: Any) -> None:
+    """And where nobody does, only what the image alone depends on stays as it is."""
+    model.train_only("image", "text", "fusion", reader)
+    whole = {name for name, p in model.named_parameters() if p.requires_grad and name.startswith("fusion.")}
+    model.train_only("image", "text", "fusion")
+    left = {name for name, p in model.named_parameters() if p.requires_grad and name.startswith("fusion.")}
+    model.requires_grad_(True)
+    fused = model.fuse(model.encode_image(inputs.pixels_BCHW), model.encode_text(inputs.ids_BL, inputs.mask_BL))
+    grads = gradients(model, fused.image_BND.square().sum() + fused.text_BLD.square().sum())
+    assert whole == {name for name in grads if name.startswith("fusion.")}
+    grads = gradients(
+        model,
+        model.fuse(model.encode_image(inputs.pixels_BCHW), model.encode_text(inputs.ids_BL, inputs.mask_BL))
+        .pooled_BP.square()
+        .sum(),
+    )
+    assert left == {name for name in grads if name.startswith("fusion.")}
+
+
 def test_a_part_trained_alone_is_all_that_its_work_needs(model: VisionLanguageModel, inputs: Inputs) -> None:
     """Otherwise a process would wait for gradients that never come."""
     model.train_only("image", "text", "fusion", "embedding", "matching")
@@ -313,11 +256,13 @@ def test_both_sides_matter_after_fusion(model: VisionLanguageModel, inputs: Inpu
     assert (model.fuse(image, text.rows(other)).pooled_BP - pooled_BP).abs().amax(1).min() > 1e-3
 
 
-def test_state_dict_survives_a_file(case: Case, model: VisionLanguageModel, inputs: Inputs) -> None:
+def test_state_dict_survives_a_file(
+    make_model: Callable[[int], VisionLanguageModel], model: VisionLanguageModel, inputs: Inputs
+) -> None:
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
-    other = small(case, seed=5)
+    other = make_model(5)
     expected = run(model, inputs).scalar()
     assert run(other, inputs).scalar() != expected
     other.load_state_dict(torch.load(file, weights_only=True))
@@ -473,7 +418,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [block for part in lists if isinstance(part, nn.ModuleList) for block in part]
 
 
-@pytest.mark.parametrize("case", FIRST.values(), ids=FIRST.keys(), indirect=True)
+@pytest.mark.usefixtures("once_a_network")
 def test_compiled_blocks_compute_the_same(model: VisionLanguageModel, inputs: Inputs) -> None:
     assert {id(a) for a in model.modules() if isinstance(a, Attention)} == {
         id(a) for block in blocks(model) for a in block.modules() if isinstance(a, Attention)
@@ -491,7 +436,7 @@ def test_compiled_blocks_compute_the_same(model: VisionLanguageModel, inputs: In
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="packing weights into compiled code needs a C++ compiler")
-@pytest.mark.parametrize("case", FIRST.values(), ids=FIRST.keys(), indirect=True)
+@pytest.mark.usefixtures("once_a_network")
 def test_a_model_compiled_for_inference_computes_the_same(model: VisionLanguageModel, inputs: Inputs) -> None:
     torch.compiler.reset()
     compiled = copy.deepcopy(model)
@@ -510,7 +455,7 @@ def test_a_model_compiled_for_inference_computes_the_same(model: VisionLanguageM
 
 
 @pytest.mark.parametrize("size", [(16, 16), (48, 24), (40, 64)])
-def test_other_resolutions(size: tuple[int, int], model: VisionLanguageModel, case: Case, inputs: Inputs) -> None:
+def test_other_resolutions(size: tuple[int, int], model: VisionLanguageModel, case: Any, inputs: Inputs) -> None:
     pixels_BCHW = torch.randn(B, 3, *size)
     out = run(model, dataclasses.replace(inputs, pixels_BCHW=pixels_BCHW))
     N = (size[0] // case.patch) * (size[1] // case.patch) + 1
@@ -518,12 +463,12 @@ def test_other_resolutions(size: tuple[int, int], model: VisionLanguageModel, ca
     assert set(gradients(model, out.scalar())) == {name for name, _ in model.named_parameters()} - {"temperature"}
 
 
-def test_images_that_do_not_fit_the_patches_are_refused(model: VisionLanguageModel, case: Case) -> None:
+def test_images_that_do_not_fit_the_patches_are_refused(model: VisionLanguageModel, case: Any) -> None:
     with pytest.raises(ValueError, match="33 x 32 pixels: both sides must be multiples of the patch, 8"):
         model.encode_image(torch.randn(1, 3, 33, 32))
 
 
-def test_too_long_texts_are_refused(model: VisionLanguageModel, case: Case) -> None:
+def test_too_long_texts_are_refused(model: VisionLanguageModel, case: Any) -> None:
     model.encode_text(torch.ones(1, case.max_text, dtype=torch.long))
     with pytest.raises(ValueError, match="a text of 25 tokens is longer than the 24 positions"):
         model.encode_text(torch.ones(1, case.max_text + 1, dtype=torch.long))
@@ -610,153 +555,6 @@ def test_texts_fuse_with_clips(model: VisionLanguageModel, inputs: Inputs) -> No
     assert not torch.allclose(model.fuse(clip, text).pooled_BP, first.pooled_BP)
 
 
-# --- tasks --------------------------------------------------------------------------------------------------------
-
-PREPROCESSING = Preprocessing(32, HALF, HALF)
-CAPTIONS = ("a red circle", "two blue stars", "a blue circle")
-SEARCH = BeamSearch(2, 1, 6)
-
-
-@pytest.fixture
-def tokenizer(case: Case) -> Tokenizer:
-    tokenizer = train_wordpiece([*CAPTIONS * 3, "seven large green squares above them"] * 2, case.vocab)
-    assert tokenizer.vocab_size == case.vocab
-    return tokenizer
-
-
-@pytest.fixture
-def pixels(case: Case) -> Tensor:
-    """uint8."""
-    torch.manual_seed(1)
-    return torch.randint(0, 256, (B, 3, case.image_size, case.image_size), dtype=torch.uint8)
-
-
-def assert_trains_what_it_says(task: Task, batch: Any, unread: Sequence[str] = ()) -> None:
-    """A step gives a finite gradient to all that is to be trained: the used parts, but for ``unread``, and the head."""
-    task.freeze_rest()
-    losses = task(batch)
-    grads = gradients(task, torch.stack(list(losses.values())).sum())
-    hidden = tuple(f"model.{name}" for name in unread)
-    trained = {name for name, parameter in task.named_parameters() if parameter.requires_grad}
-    assert set(grads) == {name for name in trained if not (hidden and name.startswith(hidden))}
-    assert all(grad.isfinite().all() for grad in grads.values())
-    assert {name for name in task.own_state() if name in dict(task.named_parameters())} <= set(grads)
-    attributes = {name.split(".")[1] for name in grads if name.startswith("model.")}
-    assert attributes <= {name for part in task.uses for name in task.model.parts[part]}
-
-
-def owners(model: VisionLanguageModel, *, with_gradient: bool = False) -> set[str]:
-    """The attributes that have parameters."""
-    named = model.named_parameters()
-    return {name.partition(".")[0] for name, own in named if own.grad is not None or not with_gradient}
-
-
-@pytest.mark.parametrize("pooling", ["first", "mean"])
-@pytest.mark.parametrize("head", ["linear", "hidden"])
-def test_pictures_are_classified_by_their_encoder_alone(
-    model: VisionLanguageModel, tokenizer: Tokenizer, pixels: Tensor, pooling: Any, head: Any
-) -> None:
-    config = ImageClassificationConfig(("x", "y"), pooling=pooling, head=head)
-    task = ImageClassification(model, tokenizer, PREPROCESSING, config).eval()
-    items = [LabelledImage(str(row), row % 2) for row in range(B)]
-    batch = task.batch(pixels, torch.arange(B), items, max_tokens=9)
-    assert_trains_what_it_says(task, batch)
-    assert task.uses == ("image",)
-    assert owners(model, with_gradient=True) == owners(model) & set(model.parts["image"])
-    assert set(task.predict(batch)) <= {"x", "y"}
-
-
-@pytest.mark.parametrize("pooling", ["first", "mean"])
-@pytest.mark.parametrize("kind", ["classify", "regress"])
-def test_texts_are_classified_by_their_encoder_alone(
-    model: VisionLanguageModel, tokenizer: Tokenizer, pooling: Any, kind: Any
-) -> None:
-    score = "accuracy" if kind == "classify" else "pearson"
-    config = TextClassificationConfig(("x", "y"), pooling=pooling, kind=kind, score=score)
-    task = TextClassification(model, tokenizer, PREPROCESSING, config).eval()
-    items = [LabelledText(row, CAPTIONS[row], CAPTIONS[0] if row else None, row % 2) for row in range(B)]
-    assert_trains_what_it_says(task, task.batch(items, max_tokens=20))
-    assert task.uses == ("text",)
-    assert owners(model, with_gradient=True) == owners(model) & set(model.parts["text"])
-
-
-def test_probed_encoders_get_no_gradient(model: VisionLanguageModel, tokenizer: Tokenizer, pixels: Tensor) -> None:
-    config = ImageClassificationConfig(("x", "y"), linear_probe=True)
-    task = ImageClassification(model, tokenizer, PREPROCESSING, config).train()
-    batch = task.batch(pixels, torch.arange(B), [LabelledImage("1", 0)] * B, max_tokens=9)
-    assert_trains_what_it_says(task, batch)
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("locating", ["tokens", "regression"])
-def test_phrases_are_located(
-    model: VisionLanguageModel, tokenizer: Tokenizer, pixels: Tensor, locating: Any, case: Case
-) -> None:
-    config = GroundingConfig(locating=locating, bins=8)
-    if locating == "tokens" and model.decoder is None:
-        with pytest.raises(ValueError, match="has no decoder: locate with locating='regression'"):
-            Grounding(model, tokenizer, PREPROCESSING, config)
-        return
-    task = Grounding(model, tokenizer, PREPROCESSING, config).eval()
-    record = Record("k", picture_file(case.image_size), (), "k", {"phrase": CAPTIONS[0], "box_xyxy": [2, 3, 9, 30]})
-    pipeline = task.training_pipeline(PREPROCESSING.test_transform(), 9, 20)
-    batch = pipeline.collate([pipeline.prepare(record, seed) for seed in range(B)])
-    assert_trains_what_it_says(task, batch, case.unread if locating == "regression" else ())
-    (box,) = task.answer([record])
-    assert all(0 <= number <= case.image_size for number in box)
-
-
-def why_no_pairs(model: VisionLanguageModel, picture_types: bool) -> str | None:
-    """The refusal to expect of ``merged``, if any."""
-    try:
-        attention = model.pair_attention()
-    except ValueError:
-        return "takes one picture: fuse a text with each by itself"
-    told_apart = len(attention) > 0 or picture_types
-    return None if told_apart else "sees two pictures alike, whatever their order: set picture_types=True"
-
-
-@pytest.mark.parametrize("variant", ["passes", "merged", "biattention"])
-@pytest.mark.parametrize("picture_types", [False, True])
-def test_statements_about_two_pictures(
-    model: VisionLanguageModel, tokenizer: Tokenizer, pixels: Tensor, variant: Any, picture_types: bool, case: Case
-) -> None:
-    config = Nlvr2Config(variant, picture_types=picture_types)
-    refusal = why_no_pairs(model, picture_types) if variant == "merged" else None
-    if refusal is not None:
-        with pytest.raises(ValueError, match=refusal):
-            Nlvr2(model, tokenizer, PREPROCESSING, config)
-        return
-    task = Nlvr2(model, tokenizer, PREPROCESSING, config).eval()
-    with torch.no_grad():
-        for name, parameter in task.named_parameters():
-            if not name.startswith("model."):
-                parameter.add_(torch.randn_like(parameter), alpha=0.15)
-    pairs = torch.stack([pixels, pixels.flip(0)], dim=1)
-    items = [Statement(str(row), CAPTIONS[row], bool(row % 2)) for row in range(B)]
-    batch = task.batch(pairs, torch.arange(B), items, max_tokens=20)
-    assert_trains_what_it_says(task, batch, case.unread if variant != "biattention" else ())
-    swapped = dataclasses.replace(batch, pixels=pairs.flip(1))
-    with torch.no_grad():
-        assert abs(task(batch)["nlvr2"] - task(swapped)["nlvr2"]) > 1e-6  # rows 0 and 2 change places with another
-    assert {type(truth) for truth in task.predict(batch)} == {bool}
-
-
-@pytest.mark.parametrize("context", ["image", "fused"])
-def test_a_step_of_self_critical_training(
-    model: VisionLanguageModel, tokenizer: Tokenizer, pixels: Tensor, context: Any, tmp_path: Path
-) -> None:
-    config = SelfCriticalConfig(CaptioningConfig(context, search=SEARCH), explore=SEARCH)
-    if model.decoder is None:
-        with pytest.raises(ValueError, match="captioning needs a model with a decoder"):
-            SelfCritical(model, tokenizer, PREPROCESSING, config)
-        return
-    task = SelfCritical(model, tokenizer, PREPROCESSING, config).eval()
-    task.study([Record(text, None, (text,), text) for text in CAPTIONS], tmp_path / "study.json.gz")
-    assert_trains_what_it_says(task, ReferencedBatch(pixels, tuple((text,) for text in CAPTIONS)))
-    assert 0 <= float(task.measures["reward"]) <= 10
-
-
 def test_a_decoder_may_read_another_table(model: VisionLanguageModel, inputs: Inputs) -> None:
     decoder = model.decoder
     if decoder is None:
@@ -773,9 +571,3 @@ def test_a_decoder_may_read_another_table(model: VisionLanguageModel, inputs: In
         found_BLD = decoder(rows_BL, memory, word_VD=table_XD)
         decoder.embeddings.word.weight[:3] = table_XD
         torch.testing.assert_close(found_BLD, decoder(rows_BL, memory))
-
-
-def picture_file(size: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (size, size), (200, 10, 90)).save(file, "png")
-    return file.getvalue()

@@ -151,15 +151,15 @@ def test_without_training_data_there_is_no_commonest_answer(
     assert "majority" not in found.to_dict()
 
 
-def test_limits(brightness: Callable[..., Brightness], tmp_path: Path) -> None:
+def test_a_limit_is_of_the_data_to_evaluate_on(brightness: Callable[..., Brightness], tmp_path: Path) -> None:
     answers = ("dark", "dark", "bright", "bright", "bright")
     training = shard(tmp_path / "train.tar", [(9, {"asked": [{"answer": answer}]}) for answer in answers])
     source = shard(tmp_path / "test.tar", rows_of())
     task = brightness()
-    found = compare(task, source, training, limit=3, seen=3)
+    found = compare(task, source, training, limit=3)
     assert task.seen == [list(BRIGHTNESS[:3]), [128] * 3]
     assert found.majority is not None
-    assert found.majority.predictions == [{"said": "dark"}] * 6
+    assert found.majority.predictions == [{"said": "bright"}] * 6  # of all training data
     assert len(found.model.credits) == len(found.blind.credits) == len(found.majority.credits) == 6
 
 

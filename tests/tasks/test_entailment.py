@@ -87,8 +87,36 @@ def test_the_premise_stands_before() -> None:
 def test_what_is_no_hypothesis() -> None:
     with pytest.raises(BrokenSample, match="k: it has no hypothesis"):
         read({})
-    with pytest.raises(BrokenSample, match="label must be one of contradiction, neutral, entailment, not 'maybe'"):
+    with pytest.raises(BrokenSample, match="k: 'label' must be one of contradiction, neutral, entailment, got 'maybe'"):
         read({"hypothesis": "a", "label": "maybe"})
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        ([], "it has no hypothesis"),
+        ("a dog runs", "'entailment' must be a list, got 'a dog runs'"),
+        ([{"hypothesis": "a"}, "b"], r"entailment\[1\]: not a JSON object but 'b'"),
+        ([{"hypothesis": "a"}, {"label": "neutral"}], r"entailment\[1\]: the field 'hypothesis' is missing"),
+        ([{"hypothesis": 3}], r"entailment\[0\]: 'hypothesis' must be a text, got '3'"),
+        ([{"hypothesis": "a", "label": ["neutral"]}], r"entailment\[0\]: 'label' must be one of contradiction"),
+        ([{"hypothesis": "a", "label": "-"}], r"entailment\[0\]: 'label' is '-': the annotators did not agree"),
+        ([{"hypothesis": "a", "identifier": 1.5}], r"'identifier' must be a whole number or a text, got '1.5'"),
+        ([{"hypothesis": "a", "premise": ["b"]}], r"entailment\[0\]: 'premise' must be a text, got"),
+    ],
+)
+def test_what_is_wrong_in_a_list_is_named(listed: Any, message: str) -> None:
+    with pytest.raises(BrokenSample, match=f"^k: {message}" if message.startswith(("it", "ent")) else message):
+        read({"entailment": listed}, premise=any("premise" in row for row in listed))
+
+
+def test_a_wrong_record_is_skipped(task: Entailment) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "png")
+    rows = [{"entailment": [{"label": "neutral"}]}, {"entailment": [{"hypothesis": "a dog runs", "label": "neutral"}]}]
+    source = RecordSource([Record(str(n), file.getvalue(), (), str(n), row) for n, row in enumerate(rows)])
+    report = task.evaluate(source)
+    assert [one["id"] for one in report.predictions] == ["1#0"]
 
 
 def test_the_report_is_by_label(task: Entailment) -> None:

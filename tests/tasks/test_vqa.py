@@ -167,6 +167,61 @@ def test_many_questions_of_a_picture_and_their_weights() -> None:
     assert ReadQuestions("[SEP]", False, False)(weighted)[0].weights == (0.5,)
 
 
+def wrong(field: str) -> list[dict[str, Any]]:
+    """Two questions, of which the second has a wrong value."""
+    values = {
+        "question": 3,
+        "question_id": 1.5,
+        "answers": [2],
+        "answer_weights": [1.0],
+        "scores": [0.5, float("nan")],
+        "kind": 7,
+    }
+    right = {"question": "a?", "answers": ["x", "y"]}
+    return [right, {**right, field: values[field]}]
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        ([], "it has no question"),
+        ({"question": "a?"}, "'questions' must be a list, got"),
+        (["a?"], r"questions\[0\]: not a JSON object but 'a\?'"),
+        ([{"answer": "x"}], r"questions\[0\]: the field 'question' is missing"),
+        (wrong("question"), r"questions\[1\]: 'question' must be a text, got '3'"),
+        (wrong("question_id"), r"questions\[1\]: 'question_id' must be a whole number or a text, got '1.5'"),
+        (wrong("answers"), r"questions\[1\]: 'answers' must be a text or a list of texts, got '\[2\]'"),
+        (wrong("answer_weights"), r"questions\[1\]: 'answer_weights' must be 2 numbers from 0 on, one for each answer"),
+        (wrong("scores"), r"questions\[1\]: 'scores' must be 2 numbers from 0 on, one for each answer, got"),
+        (wrong("kind"), r"questions\[1\]: 'kind' must be a text, got '7'"),
+        (
+            [{"question": "a?", "answer": "x", "scores": [0.0]}],
+            r"questions\[0\]: 'scores' must be above 0 for one answer at least, got '\[0.0\]'",
+        ),
+        ([{"question": "a?", "answer": "x", "scores": [10**400]}], r"questions\[0\]: 'scores' must be 1 numbers"),
+    ],
+)
+def test_what_is_wrong_in_a_list_is_named(listed: Any, message: str) -> None:
+    with pytest.raises(BrokenSample, match=f"^k: {message}"):
+        ReadQuestions("[SEP]", False, False)(Record("k", None, (), "7", {"questions": listed}))
+
+
+def test_a_question_may_have_no_answers() -> None:
+    for extra in ({"answers": []}, {"answer": None}, {"answers": [], "scores": []}):
+        (question,) = ReadQuestions("[SEP]", False, False)(Record("k", None, (), "7", {"question": "a?", **extra}))
+        assert (question.answers, question.weights) == ((), ())
+
+
+def test_a_wrong_record_is_skipped(model: MPlug, tokenizer: Tokenizer) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "png")
+    rows = [{"questions": wrong("scores")}, {"question": "is it red ?", "question_id": 5, "answer": "no"}]
+    records = [Record(str(n), file.getvalue(), (), str(n), row) for n, row in enumerate(rows)]
+    report = task_of(model, tokenizer).evaluate(RecordSource(records))
+    assert [one["question_id"] for one in report.predictions] == [5]
+    assert VqaConfig("classify", min_count=1).completed(records).answers == ("no",)
+
+
 def test_scores_of_the_source_are_the_targets(model: MPlug, tokenizer: Tokenizer) -> None:
     extra = {"question": "?", "answers": ["red", "no"], "scores": [0.9, 0.3]}
     (question,) = ReadQuestions("[SEP]", False, False)(Record("k", None, (), "7", extra))

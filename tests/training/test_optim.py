@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from triptych.data.tokenizers import train_wordpiece
+from triptych.data.transforms import HALF, Preprocessing
 from triptych.models.mplug import MPlug, MPlugConfig
 from triptych.models.text import TextConfig
 from triptych.models.vision import VisionConfig
+from triptych.tasks.grounding import Grounding, GroundingConfig
+from triptych.tasks.nlvr2 import Nlvr2, Nlvr2Config
 from triptych.training.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
 
 CONFIG = OptimConfig(lr=1e-3, vision_lr=1e-4, warmup_steps=10, warmup_lr=0.0, min_lr=1e-5)
@@ -62,6 +66,20 @@ def test_muon_takes_the_matrices_of_layers(model: MPlug) -> None:
         "temperature",
     ):
         assert found[name][0] == "AdamW", name
+
+
+def test_tables_of_tasks_are_not_for_muon(model: MPlug) -> None:
+    """And vectors that are added to states do not decay, as the position table's."""
+    tokenizer, config = train_wordpiece(["a red circle"] * 2, 40), dataclasses.replace(CONFIG, muon_lr=0.02)
+    pixels = Preprocessing(16, HALF, HALF)
+    statements = groups_of(Nlvr2(model, tokenizer, pixels, Nlvr2Config(picture_types=True)), config)
+    assert statements["picture_types"] == ("AdamW", CONFIG.lr, 0.0)
+    assert statements["head.expand.weight"] == ("Muon", 0.02, 0.02)
+    phrases = groups_of(Grounding(model, tokenizer, pixels, GroundingConfig(bins=4)), config)
+    assert phrases["coordinates.word.weight"] == ("AdamW", CONFIG.lr, 0.02)
+    assert {name for name, (kind, _, _) in (statements | phrases).items() if kind == "Muon"} == {
+        name for name in statements | phrases if name.startswith("head.") and name.endswith("weight") and "norm" not in name
+    } | {f"model.{name}" for name, (kind, _, _) in groups_of(model, config).items() if kind == "Muon"}
 
 
 def test_frozen_parameters_are_left_out(model: MPlug) -> None:

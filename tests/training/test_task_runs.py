@@ -136,7 +136,7 @@ def test_self_critical_training_leaves_a_captioner(shapes: Path, tmp_path: Path)
     assert all(0 <= line["reward"] <= 10 for line in steps)
     assert "CIDEr" in run.outcome.metrics
     loaded = load(run.model_folder)
-    assert set(loaded.task or {}) == {"recipe", "caption", "retrieval"}
+    assert set(loaded.task or {}) == {"recipe", "caption"}
     assert not loaded.task_state
     report = Predictor.load(run.model_folder, precision="fp32").evaluate("caption", [str(shapes / "test-*.tar")])
     assert report.scores["CIDEr"] == pytest.approx(run.outcome.metrics["CIDEr"])

@@ -10,7 +10,7 @@ X selected tokens, P pooled width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_args
 
@@ -279,6 +279,9 @@ class MPlug(VisionLanguageModel):
 
     def fuse(self, image: Encoded, text: Encoded, image_rows_B: Tensor | None = None) -> Fused:
         return self.fusion(image, text, image_rows_B)
+
+    def for_fused_image(self) -> Sequence[nn.Module]:
+        return [layer.image_block for layer in self.fusion.layers[-1:] if isinstance(layer, CoAttentionLayer)]
 
     def pair_attention(self) -> nn.ModuleList:
         return self.fusion.pair_attention()

@@ -130,7 +130,8 @@ class Fused:
         return Encoded.join(image, text)
 
 
-Part = Literal["image", "text", "fusion", "embedding", "matching", "masked", "decoder"]
+Part = Literal["image", "text", "fusion", "fused_image", "embedding", "matching", "masked", "decoder"]
+"""A use of a model. ``fused_image``: a head of a task's own reads :attr:`Fused.image_BND`, as decoders do."""
 
 
 class VisionLanguageModel(nn.Module, ABC):
@@ -142,7 +143,7 @@ class VisionLanguageModel(nn.Module, ABC):
 
     model_type: ClassVar[str]
     parts: ClassVar[Mapping[Part, tuple[str, ...]]]
-    """Which attributes each use of the model needs."""
+    """Which attributes each use of the model needs; none has ``fused_image``, whose are those of ``fusion``."""
     width: int
     pooled_width: int
     embed_dim: int
@@ -217,8 +218,18 @@ class VisionLanguageModel(nn.Module, ABC):
     def masked_logits(self, text_XD: Tensor) -> Tensor:
         """``[X, V]`` vocabulary logits for (selected) fused text states."""
 
+    def for_fused_image(self) -> Sequence[nn.Module]:
+        """What of the fusion :attr:`Fused.image_BND` alone depends on, and neither the text states nor the pooled."""
+        return ()
+
     def train_only(self, *used: Part) -> None:
-        """Freeze every parameter outside the parts that a task runs: they would never get a gradient."""
-        names = {name for part in used for name in self.parts[part]}
+        """Freeze every parameter that would never get a gradient: those outside the parts that a task runs.
+
+        Where neither a decoder nor ``fused_image`` reads the fused image states, what only makes these, too.
+        """
+        names = {name for part in used for name in self.parts.get(part, ())}
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.partition(".")[0] in names)
+        if not {"decoder", "fused_image"} & set(used):
+            for module in self.for_fused_image():
+                module.requires_grad_(False)

@@ -319,7 +319,8 @@ def refcoco_base() -> Recipe:
     """mPLUG-base on RefCOCO, RefCOCO+, RefCOCOg and ReferItGame together, at 336 px. The paper gives no figure for it.
 
     Command: ``torchrun --nproc-per-node 8 -m triptych finetune grounding refcoco_base --start mplug-base
-    --data refer/refcoco refer/refcoco+ refer/refcocog --splits train --image-root coco --folder runs/ground``.
+    --data refer/refcoco refer/refcoco+ refer/refcocog --splits train --image-root coco --folder runs/ground``, and
+    ReferItGame's list from TransVG among the data.
     Hardware: 8 GPUs.
 
     120 epochs of 512 at 2e-5 (paper section 7.1; then 2e-6 on each set), the vision encoder's rate and the warm-up as

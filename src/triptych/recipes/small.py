@@ -20,8 +20,9 @@ from triptych.training.runs import Recipe
 def easy_vqa() -> Recipe:
     """Questions about drawings of one shape (victorzhou.com), from nothing, 64 px.
 
-    Command: ``triptych finetune vqa easy_vqa --data train.jsonl --image-root train.tar --folder runs/easy``.
-    Hardware: two CPU cores, four minutes. Expect: what ``benchmarks/results/real_data.json`` holds.
+    Command: ``triptych finetune vqa easy_vqa --data train.jsonl --image-root train.tar --folder runs/easy``, with one
+    row a picture that lists its ``questions``. Hardware: two CPU cores, four minutes. Expect: what
+    ``benchmarks/results/real_data.json`` holds.
     """
     recipe = shapes_tiny()
     return replace(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from triptych.data.batches import Movable, Tokens
 from triptych.data.loader import read_once, seeded
 from triptych.data.pictures import show, stack
-from triptych.data.samples import Record
+from triptych.data.samples import BrokenSample, Record
 from triptych.data.sources import Source
 from triptych.data.tokenizers import Tokenizer
 from triptych.data.transforms import FrameChoice, Preprocessing, Transform
@@ -126,12 +127,14 @@ class Task(nn.Module, ABC):
         Raises:
             ValueError: a head of another shape, or none.
         """
-        if state.keys() != self.own_state().keys():
+        own = self.own_state()
+        if state.keys() != own.keys():
             raise ValueError(f"the checkpoint has not the head that the task {self.name!r} needs: fine-tune it first")
-        try:
-            self.load_state_dict(state, strict=False)
-        except RuntimeError as error:
-            raise ValueError(f"the checkpoint's head does not fit the task {self.name!r}: {error}") from error
+        for name, value in state.items():
+            if value.shape != own[name].shape:
+                shapes = f"{name} is {list(value.shape)} and not {list(own[name].shape)}"
+                raise ValueError(f"the checkpoint's head does not fit the task {self.name!r}: {shapes}")
+        self.load_state_dict(state, strict=False)
 
     @property
     def device(self) -> torch.device:
@@ -229,6 +232,15 @@ class ItemTask(Task, Generic[Item, Batch]):
         Raises:
             ValueError: none of them has an answer.
         """
+
+    def known_items(self, source: Source) -> list[Item]:
+        """All items of training data, for :meth:`commonest`: pictures are not looked at, unusable records left out."""
+        found: list[Item] = []
+        read = self.items()
+        for record in source:
+            with suppress(BrokenSample):
+                found += read(record)
+        return found
 
     def read_items(self, source: Source, *, limit: int = 0) -> list[Item]:
         """The items of a data set, or of so many of its pictures, as :meth:`evaluate` meets them."""

@@ -7,6 +7,7 @@ Shape legend: B batch, F frames, C channels, H height, W width, L tokens, D widt
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -28,6 +29,8 @@ from triptych.models.protocol import Encoded, Part, VisionLanguageModel
 from triptych.objectives.distributed import mean_over_all
 from triptych.progress import counted
 from triptych.tasks.base import Pipeline, Report, Task, at_most
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -172,8 +175,8 @@ def evaluate_captions(
     """Caption every picture once and score against all its references.
 
     Where records name their ``domain`` (NoCaps), ``CIDEr/in-domain`` and so on are of the pictures of one domain, with
-    the document frequencies of these alone, as when a file of each is scored. Without any references, as in NoCaps'
-    published files, nothing is scored.
+    the document frequencies of these alone, as when a file of each is scored. Pictures without references are captioned
+    and not scored: all of them, as in NoCaps' published files, or some, which a warning counts.
 
     Args:
         batches: records and their uint8 pixels.
@@ -198,11 +201,14 @@ def evaluate_captions(
 def _scores(
     references: Mapping[str, Sequence[str]], predictions: Mapping[str, str], domains: Mapping[str, str]
 ) -> dict[str, float]:
-    """All scores of all pictures, and CIDEr of each domain."""
-    if predictions and not any(references.values()):
+    """All scores of all pictures that have references, and CIDEr of each domain."""
+    known = {image: captions for image, captions in references.items() if captions}
+    if predictions and not known:
         return {}
-    scores = score_captions(references, predictions)
-    for domain in sorted(set(domains.values())):
-        own = {image: predictions[image] for image in references if domains.get(image) == domain}
-        scores[f"CIDEr/{domain}"] = score_captions(references, own, allow_missing=True)["CIDEr"]
+    if left_out := len(predictions) - len(known):
+        logger.warning("%d of %d pictures have no captions: not in the scores", left_out, len(predictions))
+    scores = score_captions(known, {image: predictions[image] for image in known})
+    for domain in sorted({domains[image] for image in known if image in domains}):
+        own = {image: predictions[image] for image in known if domains.get(image) == domain}
+        scores[f"CIDEr/{domain}"] = score_captions(known, own, allow_missing=True)["CIDEr"]
     return scores

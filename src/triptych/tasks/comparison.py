@@ -35,23 +35,20 @@ class Comparison:
         return {"metric": self.metric, **scores, "model against blind": self.test}
 
 
-def compare(
-    task: Task, source: Source, training: Source | None = None, *, limit: int = 0, seen: int = 2000
-) -> Comparison:
+def compare(task: Task, source: Source, training: Source | None = None, *, limit: int = 0) -> Comparison:
     """Evaluate a task with its pictures, blind, and without a model.
 
     Args:
         source: the data to evaluate on.
         training: what the commonest answer is taken from; without it there is no such comparison.
         limit: pictures of ``source`` to look at; 0 for all.
-        seen: pictures of ``training`` to look at.
     """
     model = task.evaluate(source, limit=limit)
     blind = task.evaluate(source, limit=limit, blank=True)
     majority = None
     if training is not None and isinstance(task, ItemTask):
         asked = task.read_items(source, limit=limit)
-        guess = task.commonest(task.read_items(training, limit=seen))
+        guess = task.commonest(task.known_items(training))
         majority = task.report(asked, [guess(item) for item in asked])
     return Comparison(task.metric, model, blind, majority, paired_test(model.credits, blind.credits))
 

@@ -10,23 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from triptych.data.batches import Tokens
-from triptych.data.lists import ENTAILMENT
+from triptych.data.fields import Row, identifier, text
+from triptych.data.lists import ENTAILMENT, entailment_label
 from triptych.data.samples import BrokenSample, Record
 from triptych.data.tokenizers import Tokenizer
 from triptych.data.transforms import Preprocessing
 from triptych.models.heads import ClassifierHead
 from triptych.models.protocol import Part, VisionLanguageModel
-from triptych.objectives.distributed import mean_over_all
+from triptych.objectives.classification import class_indices, classification_loss
 from triptych.tasks.base import ItemBatch, ItemTask, Report, mean_credits, most_common
-
-_UNKNOWN = -100
+from triptych.tasks.nested import read_nested
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,23 @@ class ReadHypotheses:
     premise: bool
 
     def __call__(self, record: Record) -> list[Hypothesis]:
-        listed = record.extra.get("entailment")
-        asked = listed if isinstance(listed, list) else [record.extra] if "hypothesis" in record.extra else []
-        if not asked:
+        found = read_nested(record, "entailment", "hypothesis", partial(self._hypothesis, record.key))
+        if not found:
             raise BrokenSample(record.key, "it has no hypothesis")
-        return [self._hypothesis(record, values, number) for number, values in enumerate(asked)]
+        return found
 
-    def _hypothesis(self, record: Record, values: Any, number: int) -> Hypothesis:
-        text, label = str(values["hypothesis"]), values.get("label")
-        if label is not None and label not in ENTAILMENT:
-            raise BrokenSample(record.key, f"its label must be one of {', '.join(ENTAILMENT)}, not {label!r}")
-        if self.premise:
-            if not values.get("premise"):
-                raise BrokenSample(record.key, "it has no premise: judge it with premise=False")
-            text = f"{values['premise']} {self.separator} {text}"
-        name = str(values.get("identifier", f"{record.key}#{number}"))
-        return Hypothesis(name, text, None if label is None else ENTAILMENT.index(label))
+    def _hypothesis(self, key: str, number: int, row: Row) -> Hypothesis:
+        name = f"{key}#{number}" if row.get("identifier") is None else str(identifier(row, "identifier"))
+        label = None if row.get("label") is None else ENTAILMENT.index(entailment_label(row, "label"))
+        return Hypothesis(name, self._text(row), label)
+
+    def _text(self, row: Row) -> str:
+        hypothesis = text(row, "hypothesis")
+        if not self.premise:
+            return hypothesis
+        if not row.get("premise"):
+            raise ValueError("it has no premise: judge it with premise=False")
+        return f"{text(row, 'premise')} {self.separator} {hypothesis}"
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,11 @@ class Entailment(ItemTask[Hypothesis, EntailmentBatch]):
         self, pixels: Tensor, picture_Q: Tensor, items: Sequence[Hypothesis], *, max_tokens: int
     ) -> EntailmentBatch:
         tokens = self.tokenizer.encode_batch([item.text for item in items], max_length=max_tokens, end=False)
-        labels = [_UNKNOWN if item.label is None else item.label for item in items]
-        return EntailmentBatch(pixels, picture_Q, Tokens(*tokens), torch.tensor(labels))
+        return EntailmentBatch(pixels, picture_Q, Tokens(*tokens), class_indices(item.label for item in items))
 
     def forward(self, batch: EntailmentBatch, step: int = 0, part: int = 0) -> dict[str, Tensor]:
         """Mean cross-entropy of the labels."""
-        known_Q = batch.label_Q != _UNKNOWN
-        loss_X = F.cross_entropy(self._logits(batch)[known_Q], batch.label_Q[known_Q], reduction="none")
-        return {"entailment": mean_over_all(loss_X)}
+        return {"entailment": classification_loss(self._logits(batch), batch.label_Q)}
 
     @torch.no_grad()
     def predict(self, batch: EntailmentBatch) -> list[str]:

@@ -35,6 +35,7 @@ from triptych.data.boxes import (
 )
 from triptych.data.loader import seeded
 from triptych.data.samples import BrokenSample, Record, decode_image
+from triptych.data.sources import Source
 from triptych.data.tokenizers import Tokenizer
 from triptych.data.transforms import Preprocessing, Transform
 from triptych.metrics.boxes import convert_boxes, paired_giou, paired_iou
@@ -57,6 +58,7 @@ Weighting = Literal["own", "official", "none"]
 GroundingTransform = Callable[[Image.Image, Tensor, Sequence[str]], Grounded]
 
 _THRESHOLD = 0.5
+_PLACED = 2000
 _START = "[unused339]"
 _COORDINATE = "[unused{}]"
 _FIRST = 340
@@ -368,6 +370,10 @@ class Grounding(ItemTask[Phrase, GroundingBatch]):
         judged = [(item.split, credit) for (item, _), credit in zip(known, credits, strict=True)]
         mean = {"mean_iou": round(100 * sum(overlaps) / len(overlaps), 4)}
         return Report(mean_credits(judged, "accuracy") | mean, results, credits)
+
+    def known_items(self, source: Source) -> list[Phrase]:
+        """Of the first pictures alone: boxes are placed on the canvas, for which a picture's size must be known."""
+        return self.read_items(source, limit=_PLACED)
 
     def commonest(self, seen: Sequence[Phrase]) -> Callable[[Phrase], Box]:
         """The mean box on the canvas, at its place in each picture."""

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from triptych.data.samples import Record
 from triptych.models.protocol import Encoded, Part
+from triptych.objectives.classification import class_indices, classification_loss
 from triptych.tasks.base import ItemBatch, ItemTask, Report, mean_credits, most_common
-from triptych.tasks.unimodal import UNLABELLED, UnimodalConfig, UnimodalTask, class_of, classification_loss
+from triptych.tasks.unimodal import UnimodalConfig, UnimodalTask, class_of
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,7 @@ class ImageClassification(UnimodalTask, ItemTask[LabelledImage, ImageLabelBatch]
     def batch(
         self, pixels: Tensor, picture_Q: Tensor, items: Sequence[LabelledImage], *, max_tokens: int
     ) -> ImageLabelBatch:
-        classes = [UNLABELLED if item.label is None else item.label for item in items]
-        return ImageLabelBatch(pixels, picture_Q, torch.tensor(classes))
+        return ImageLabelBatch(pixels, picture_Q, class_indices(item.label for item in items))
 
     def commonest(self, seen: Sequence[LabelledImage]) -> Callable[[LabelledImage], Any]:
         label = most_common(item.label for item in seen)

@@ -35,12 +35,11 @@ from triptych.metrics.nlvr2 import consistency, sentence_group
 from triptych.models.heads import ClassifierHead
 from triptych.models.layers import Attention, init_weights
 from triptych.models.protocol import Encoded, Fused, Part, VisionLanguageModel
-from triptych.objectives.distributed import mean_over_all
+from triptych.objectives.classification import class_indices, classification_loss
 from triptych.tasks.base import ItemBatch, ItemPipeline, ItemTask, Pipeline, Report, Shown, mean_credits, most_common
 
 Variant = Literal["passes", "merged", "biattention"]
 
-_UNKNOWN = -100
 _HEAD_WIDTH = 64  # of one attention head, as in every published size
 
 
@@ -187,7 +186,6 @@ class Nlvr2(ItemTask[Statement, StatementBatch]):
     name: ClassVar[str] = "nlvr2"
     metric: ClassVar[str] = "accuracy"
     config_type: ClassVar[type[Any]] = Nlvr2Config
-    uses: ClassVar[tuple[Part, ...]] = ("image", "text", "fusion")
     config: Nlvr2Config
 
     def __init__(
@@ -207,6 +205,11 @@ class Nlvr2(ItemTask[Statement, StatementBatch]):
         if self.config.picture_types:
             self.picture_types = nn.Parameter(torch.zeros(2, model.width))
 
+    @property
+    def uses(self) -> tuple[Part, ...]:
+        shared: tuple[Part, ...] = ("image", "text", "fusion")
+        return (*shared, "fused_image") if self.config.variant == "biattention" else shared
+
     def _build_head(self, model: VisionLanguageModel) -> nn.Module:
         config = self.config
         if config.variant == "biattention":
@@ -225,8 +228,7 @@ class Nlvr2(ItemTask[Statement, StatementBatch]):
         if shown != self.config.pictures:
             raise ValueError(f"the records show {shown} pictures each, not {self.config.pictures}")
         tokens = self.tokenizer.encode_batch([item.text for item in items], max_length=max_tokens, end=False)
-        labels = [_UNKNOWN if item.label is None else int(item.label) for item in items]
-        return StatementBatch(pixels, picture_Q, Tokens(*tokens), torch.tensor(labels))
+        return StatementBatch(pixels, picture_Q, Tokens(*tokens), class_indices(item.label for item in items))
 
     def training_pipeline(self, transform: Transform, max_words: int, max_tokens: int) -> Pipeline:
         kind = SwappingPipeline if self.config.swap else ItemPipeline[Statement]
@@ -234,9 +236,7 @@ class Nlvr2(ItemTask[Statement, StatementBatch]):
 
     def forward(self, batch: StatementBatch, step: int = 0, part: int = 0) -> dict[str, Tensor]:
         """Mean cross-entropy of the labels."""
-        known_Q = batch.label_Q != _UNKNOWN
-        loss_X = F.cross_entropy(self._logits(batch)[known_Q], batch.label_Q[known_Q], reduction="none")
-        return {"nlvr2": mean_over_all(loss_X)}
+        return {"nlvr2": classification_loss(self._logits(batch), batch.label_Q)}
 
     @torch.no_grad()
     def predict(self, batch: StatementBatch) -> list[bool]:

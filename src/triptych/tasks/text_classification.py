@@ -25,10 +25,11 @@ from triptych.data.tokenizers import ROBERTA, Tokenizer
 from triptych.data.transforms import Transform
 from triptych.metrics.classification import accuracy, f1, matthews, pearson, spearman
 from triptych.models.protocol import Encoded, Part
+from triptych.objectives.classification import class_indices, classification_loss
 from triptych.objectives.distributed import mean_over_all
 from triptych.progress import counted
 from triptych.tasks.base import Pipeline, Report, at_most
-from triptych.tasks.unimodal import UNLABELLED, UnimodalConfig, UnimodalTask, class_of, classification_loss
+from triptych.tasks.unimodal import UnimodalConfig, UnimodalTask, class_of
 
 Kind = Literal["classify", "regress"]
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
@@ -112,7 +113,7 @@ class TextBatch(Movable):
 
     Attributes:
         text: see :func:`encode_texts`.
-        target_B: index of the class (int64), or a number (float32); of what has no label ``UNLABELLED`` or NaN.
+        target_B: index of the class (int64), or a number (float32); of what has no label -100 or NaN.
     """
 
     text: Tokens
@@ -167,7 +168,7 @@ class TextClassification(UnimodalTask):
         if self.config.kind == "regress":
             numbers = [math.nan if item.target is None else item.target for item in items]
             return TextBatch(tokens, torch.tensor(numbers, dtype=torch.float32))
-        return TextBatch(tokens, torch.tensor([UNLABELLED if item.target is None else item.target for item in items]))
+        return TextBatch(tokens, class_indices(None if item.target is None else int(item.target) for item in items))
 
     def encode(self, batch: TextBatch) -> Encoded:
         return self.model.encode_text(batch.text.ids_BL, batch.text.mask_BL)

@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from triptych.data.samples import BrokenSample, Record
 from triptych.data.tokenizers import Tokenizer
@@ -25,14 +24,10 @@ from triptych.data.transforms import Preprocessing
 from triptych.models.heads import ClassifierHead
 from triptych.models.layers import init_weights
 from triptych.models.protocol import Encoded, Part, VisionLanguageModel
-from triptych.objectives.distributed import mean_over_all
 from triptych.tasks.base import Task
 
 Pooling = Literal["first", "mean"]
 Head = Literal["linear", "hidden"]
-
-UNLABELLED = -100
-"""The class of what has no label: such items are predicted, and neither learned from nor scored."""
 
 
 @dataclass(frozen=True)
@@ -179,9 +174,3 @@ class UnimodalTask(Task):
         head = nn.Linear(width, self.outputs)
         init_weights(head, width)
         return head
-
-
-def classification_loss(logits_BK: Tensor, class_B: Tensor) -> Tensor:
-    """Mean cross-entropy of what has a label."""
-    known_B = class_B != UNLABELLED
-    return mean_over_all(F.cross_entropy(logits_BK[known_B], class_B[known_B], reduction="none"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from triptych.data.batches import Tokens
+from triptych.data.fields import Row, answers_of, identifier, listed, optional_texts, text, wrong_field
 from triptych.data.samples import BrokenSample, Record, pre_caption
 from triptych.data.tokenizers import Tokenizer
 from triptych.data.transforms import Preprocessing
@@ -28,8 +30,11 @@ from triptych.models.heads import ClassifierHead
 from triptych.models.protocol import Part, VisionLanguageModel
 from triptych.objectives.distributed import mean_over_all
 from triptych.tasks.base import ItemBatch, ItemTask, Report, mean_credits, most_common
+from triptych.tasks.nested import read_nested
 
 Answering = Literal["generate", "rank", "classify"]
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,7 @@ class VqaConfig:
         counts = Counter(
             normalize_answer(Counter(answers).most_common(1)[0][0])
             for record in records
-            for _, answers, _ in _questions(record)
-            if answers
+            for answers in _known_answers(record)
         )
         answers = tuple(answer for answer, count in counts.items() if count >= self.min_count)
         if not answers:
@@ -112,38 +116,55 @@ class ReadQuestions:
     objects: bool
 
     def __call__(self, record: Record) -> list[Question]:
-        found = []
-        for number, (values, answers, weights) in enumerate(_questions(record)):
-            parts = [str(values["question"])]
-            if self.ocr:
-                parts.append(pre_caption(str(record.extra.get("ocr", ""))))
-            if self.objects:
-                parts.append(str(record.extra.get("object_labels", "")))
-            name = values.get("question_id", f"{record.image_id}#{number}")
-            text = f" {self.separator} ".join(parts)
-            kind = values.get("answer_type", values.get("kind"))
-            scores = tuple(values["scores"]) if "scores" in values else None
-            found.append(Question(name, text, answers, weights, kind, scores))
+        found = _questions(record)
         if not found:
             raise BrokenSample(record.key, "it has no question")
-        return found
+        beside = []
+        if self.ocr:
+            beside.append(pre_caption(str(record.extra.get("ocr", ""))))
+        if self.objects:
+            beside.append(str(record.extra.get("object_labels", "")))
+        return [replace(item, text=f" {self.separator} ".join([item.text, *beside])) for item in found]
 
 
-def _questions(record: Record) -> list[tuple[dict[str, Any], tuple[str, ...], tuple[float, ...]]]:
-    """Each question's fields, its different answers, and their weights in training."""
-    listed = record.extra.get("questions")
-    asked = listed if isinstance(listed, list) else [record.extra] if "question" in record.extra else []
-    return [(dict(values), *_answers(values)) for values in asked]
+def _questions(record: Record) -> list[Question]:
+    """The questions of a record, without the words and labels of its picture; BrokenSample where a field is wrong."""
+    return read_nested(record, "questions", "question", partial(_question, record.image_id))
 
 
-def _answers(values: Any) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """All answers as given, and weights: the official share of the humans, unless the source says others."""
-    answers = values.get("answers", values.get("answer"))
-    answers = () if answers is None else (answers,) if isinstance(answers, str) else tuple(map(str, answers))
-    if values.get("answer_weights"):
-        return answers, tuple(values["answer_weights"])
-    shares = values.get("scores") or [1.0] * len(answers)
-    return answers, tuple(share / sum(shares) for share in shares)
+def _question(image: str, number: int, row: Row) -> Question:
+    """Weights are the official share of the humans, unless the source says others."""
+    name = f"{image}#{number}" if row.get("question_id") is None else identifier(row, "question_id")
+    given = row.get("answers") if row.get("answers") is not None else row.get("answer")
+    answers = () if given is None or given == [] else tuple(answers_of(row, "answers", "answer"))
+    scores = _numbers(row, "scores", len(answers))
+    weights = _numbers(row, "answer_weights", len(answers))
+    if scores and not any(scores):
+        raise wrong_field("scores", "above 0 for one answer at least", row["scores"])
+    if weights is None:
+        shares = scores or (1.0,) * len(answers)
+        weights = tuple(share / sum(shares) for share in shares)
+    kinds = optional_texts(row, "answer_type", "kind")
+    return Question(name, text(row, "question"), answers, weights, kinds.get("answer_type", kinds.get("kind")), scores)
+
+
+def _numbers(row: Row, name: str, count: int) -> tuple[float, ...] | None:
+    """A number for each answer, if the field is there."""
+    if row.get(name) is None:
+        return None
+    values = listed(row, name)
+    usable = [isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one <= _LARGEST for one in values]
+    if len(values) != count or not all(usable):
+        raise wrong_field(name, f"{count} numbers from 0 on, one for each answer", values)
+    return tuple(values)
+
+
+def _known_answers(record: Record) -> list[tuple[str, ...]]:
+    """The answers of each question that has some; none of a broken record, which training counts."""
+    try:
+        return [item.answers for item in _questions(record) if item.answers]
+    except BrokenSample:
+        return []
 
 
 @dataclass(frozen=True)

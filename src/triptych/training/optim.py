@@ -112,13 +112,18 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> Optimizers:
 
 
 def _is_table(name: str) -> bool:
-    """Whether a matrix is a table of embeddings: its rows are looked up, not multiplied with."""
-    return any(part in name for part in ("embeddings.", "position_embedding", "word.weight"))
+    """Whether a matrix is a table of vectors: its rows are looked up or added, not multiplied with."""
+    return _is_added(name) or "embeddings." in name or "word.weight" in name
+
+
+def _is_added(name: str) -> bool:
+    """Whether a matrix holds vectors that are added to states (of places, of NLVR2's two pictures)."""
+    return "position_embedding" in name or "picture_types" in name
 
 
 def _decays(name: str, parameter: nn.Parameter, config: OptimConfig) -> bool:
     if config.decay == "matrices":
-        return parameter.dim() > 1 and "position_embedding" not in name
+        return parameter.dim() > 1 and not _is_added(name)
     spared_norm = name.endswith("norm.weight") and "vision." not in name and "bridge." not in name
     return not (name.endswith("bias") or spared_norm)
 

@@ -175,8 +175,8 @@ def run_recipe(recipe: Recipe, folder: Path, process: Process | None = None) -> 
     return Run(folder, folder / "model", outcome)
 
 
-_DECIDED = ("name", "objective", "model")
-"""What cannot change in the middle of a run; rates, length, where it reads and how often it saves can."""
+_DECIDED = ("name", "objective", "model", "start", "optim")
+"""What cannot change in the middle of a run; its length, where it reads and how often it saves can."""
 
 
 def _claim(folder: Path, recipe: Recipe, process: Process) -> None:
@@ -212,8 +212,13 @@ def _difference(begun: Any, wanted: Any) -> str:
 
 def task_description(recipe: Recipe, task: nn.Module) -> dict[str, Any]:
     """What a saved model was trained for, so that it can be used without its recipe: settings by name of the task."""
-    description = {"recipe": recipe.name, "caption": asdict(recipe.captioning), "retrieval": asdict(recipe.retrieval)}
-    return description | ({task.name: asdict(task.config)} if isinstance(task, Task) else {})
+    description: dict[str, Any] = {"recipe": recipe.name}
+    if isinstance(task, Task):
+        return description | {task.name: asdict(task.config)}
+    description["retrieval"] = asdict(recipe.retrieval)
+    if isinstance(task, Pretraining):
+        description["caption"] = asdict(recipe.captioning)
+    return description
 
 
 def _build_model(
@@ -282,6 +287,8 @@ def _build_task(
     if isinstance(objective, AlignmentConfig):
         return Alignment(model, objective, mean=pixels.mean, std=pixels.std, seed=seed)
     if isinstance(objective, RankingConfig):
+        if recipe.retrieval.candidates == 0:
+            raise ValueError("ranking trains matching alone: give retrieval.candidates, or nothing trained is used")
         return TextRanking(model, objective, mean=pixels.mean, std=pixels.std, seed=seed)
     if isinstance(objective, SelfCriticalConfig) and recipe.data.per_caption:
         raise ValueError("self-critical training compares with all captions of a picture: set data.per_caption=False")
@@ -316,9 +323,18 @@ def _study(task: Task, source: Source, folder: Path, process: Process) -> None:
         task.study(source, file)
 
 
+_OF_A_HEAD = ("answering", "answers", "labels", "locating", "bins", "variant", "pictures", "pooling", "kind")
+"""Settings of tasks that say what the numbers of a head stand for."""
+
+
 def _go_on_with_head(task: Task, start: Loaded) -> None:
-    """Take over the head of a checkpoint that was trained for the same task, if it has the same shape."""
-    if task.name not in (start.task or {}) or not start.task_state:
+    """Take over the head of a checkpoint that was trained for the same task, if it means the same."""
+    saved, own = (start.task or {}).get(task.name), json.loads(json.dumps(asdict(task.config)))
+    if saved is None or not start.task_state:
+        return
+    differing = [name for name in _OF_A_HEAD if saved.get(name) != own.get(name)]
+    if differing:
+        sys.stderr.write(f"a new head: that of the checkpoint is for other {', '.join(differing)}\n")
         return
     try:
         task.load_own_state(dict(start.task_state))
@@ -332,7 +348,14 @@ def _pipeline(recipe: Recipe, task: nn.Module, tokenizer: Tokenizer) -> Pipeline
     if isinstance(task, Task):
         return task.training_pipeline(transform, data.max_words, data.max_tokens)
     if isinstance(task, Pretraining):
-        return PretrainingPipeline(tokenizer, transform, data.max_words, data.max_tokens, split=split_prefix)
+        return PretrainingPipeline(
+            tokenizer,
+            transform,
+            data.max_words,
+            data.max_tokens,
+            frames=data.preprocessing.frames,
+            split=split_prefix,
+        )
     return ImageTextPipeline(tokenizer, transform, data.max_words, data.max_tokens, frames=data.preprocessing.frames)
 
 

@@ -1,0 +1,97 @@
+"""The small networks that every registered network is tested with. A new one needs a line in ``CASES``."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from triptych.models import build
+from triptych.models.mplug import FusionKind, MPlugConfig
+from triptych.models.protocol import VisionLanguageModel
+from triptych.models.text import TextConfig
+from triptych.models.vision import VisionConfig
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small network and what a test must know of it."""
+
+    model_type: str
+    config: Any
+    patch: int = 8
+    image_size: int = 32
+    vocab: int = 61
+    max_text: int = 24
+
+
+def mplug(fusion: FusionKind, vision_width: int) -> Case:
+    vision = VisionConfig(vision_width, layers=2, heads=2, patch=8, image_size=32, attention_dropout=0.1)
+    text = TextConfig(vocab_size=61, width=32, heads=2, ffn=48, max_positions=24)
+    sizes = {"text_layers": 2, "fusion_layers": 3, "decoder_layers": 2, "embed_dim": 16}
+    return Case("mplug", MPlugConfig(vision, text, fusion=fusion, stride=2, **sizes))
+
+
+def with_stem(case: Case) -> Case:
+    """The same network with convolutions in front of its Transformer."""
+    vision = dataclasses.replace(case.config.vision, stem="convolution")
+    return dataclasses.replace(case, config=dataclasses.replace(case.config, vision=vision))
+
+
+CASES = {
+    "mplug": mplug("skip", 48),
+    "mplug-convolution-stem": with_stem(mplug("skip", 48)),
+    "mplug-asymmetric": mplug("asymmetric", 32),
+    "mplug-connected": mplug("connected", 32),
+    "mplug-co_attention": mplug("co_attention", 32),
+}
+
+FIRST = {case.model_type: case for case in reversed(CASES.values())}
+"""One case a network."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What asks for ``case``, or for a fixture that does, runs for each of them."""
+    if "case" in metafunc.fixturenames:
+        cases = FIRST if "once_a_network" in metafunc.fixturenames else CASES
+        metafunc.parametrize("case", cases.values(), ids=cases.keys(), indirect=True)
+
+
+@pytest.fixture
+def once_a_network() -> None:
+    """For what takes seconds: with it a test runs for one case of each network."""
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture
+def cases() -> dict[str, Case]:
+    return CASES
+
+
+def small(case: Case, seed: int = 0) -> VisionLanguageModel:
+    """In evaluation mode, with every parameter away from its start, so that none can be ignored unnoticed."""
+    torch.manual_seed(seed)
+    model = build(case.model_type, case.config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "temperature":
+                parameter.add_(torch.randn_like(parameter), alpha=0.15)
+    return model
+
+
+@pytest.fixture
+def make_model(case: Case) -> Callable[[int], VisionLanguageModel]:
+    """Another model of the same sizes, from a seed."""
+    return partial(small, case)
+
+
+@pytest.fixture
+def model(case: Case) -> VisionLanguageModel:
+    return small(case)
