@@ -59,8 +59,8 @@ def ask(predictor: Predictor, task: str, paths: Sequence[Path], texts: Sequence[
         texts: questions, phrases, hypotheses, statements or descriptions.
 
     Raises:
-        ValueError: the checkpoint was not trained for the task, texts or files are missing or not wanted, or no file can
-            be read.
+        ValueError: the checkpoint was not trained for the task, texts or files are missing or not wanted, or none of
+            the files can be read.
         BrokenSample: a file cannot be read, where all are judged together; elsewhere it is skipped and logged.
     """
     _check(task, paths, texts)

@@ -1,14 +1,17 @@
 """Visual entailment: what is read, the loss, the report."""
 
+import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from triptych.data.lists import ENTAILMENT
 from triptych.data.samples import BrokenSample, Record
+from triptych.data.sources import ListShard, Source
 from triptych.data.tokenizers import Tokenizer, train_wordpiece
 from triptych.data.transforms import HALF, Preprocessing
 from triptych.models.mplug import MPlug
@@ -114,8 +117,8 @@ def test_a_wrong_record_is_skipped(task: Entailment) -> None:
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, "png")
     rows = [{"entailment": [{"label": "neutral"}]}, {"entailment": [{"hypothesis": "a dog runs", "label": "neutral"}]}]
-    source = RecordSource([Record(str(n), file.getvalue(), (), str(n), row) for n, row in enumerate(rows)])
-    report = task.evaluate(source)
+    records = tuple(Record(str(n), file.getvalue(), (), str(n), row) for n, row in enumerate(rows))
+    report = task.evaluate(Source((ListShard("rows", records),)))
     assert [one["id"] for one in report.predictions] == ["1#0"]
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from triptych.data.batches import Tokens
 from triptych.data.samples import BrokenSample, Record
-from triptych.data.sources import open_source
+from triptych.data.sources import ListShard, Source, open_source
 from triptych.data.tokenizers import Tokenizer, train_wordpiece
 from triptych.data.transforms import HALF, Preprocessing
 from triptych.generation import BeamSearch, rank_texts
@@ -216,8 +216,8 @@ def test_a_wrong_record_is_skipped(model: MPlug, tokenizer: Tokenizer) -> None:
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, "png")
     rows = [{"questions": wrong("scores")}, {"question": "is it red ?", "question_id": 5, "answer": "no"}]
-    records = [Record(str(n), file.getvalue(), (), str(n), row) for n, row in enumerate(rows)]
-    report = task_of(model, tokenizer).evaluate(RecordSource(records))
+    records = tuple(Record(str(n), file.getvalue(), (), str(n), row) for n, row in enumerate(rows))
+    report = task_of(model, tokenizer).evaluate(Source((ListShard("rows", records),)))
     assert [one["question_id"] for one in report.predictions] == [5]
     assert VqaConfig("classify", min_count=1).completed(records).answers == ("no",)
 

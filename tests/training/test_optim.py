@@ -78,7 +78,9 @@ def test_tables_of_tasks_are_not_for_muon(model: MPlug) -> None:
     phrases = groups_of(Grounding(model, tokenizer, pixels, GroundingConfig(bins=4)), config)
     assert phrases["coordinates.word.weight"] == ("AdamW", CONFIG.lr, 0.02)
     assert {name for name, (kind, _, _) in (statements | phrases).items() if kind == "Muon"} == {
-        name for name in statements | phrases if name.startswith("head.") and name.endswith("weight") and "norm" not in name
+        name
+        for name in statements | phrases
+        if name.startswith("head.") and name.endswith("weight") and "norm" not in name
     } | {f"model.{name}" for name, (kind, _, _) in groups_of(model, config).items() if kind == "Muon"}
 
 
