@@ -4,10 +4,10 @@
     python benchmarks/real_data.py ... --only easy_vqa snli_ve
 
 DATA has the folders flickr8k, easy_vqa, daquar, snli_ve, nlvr, coco_mini and video; MODELS has the runs of
-``docs/flickr8k.md``: flickr8k, flickr8k-caption, flickr8k-retrieval and flickr8k-itm. Lists in our own format are
-written under ``--folder/lists``; each training is a run under ``--folder``, and what is done is not done again.
-Tests are paired: McNemar's where an item is right or wrong, the bootstrap elsewhere, against the same model shown grey
-pictures.
+``docs/flickr8k.md``: flickr8k, flickr8k-caption, flickr8k-retrieval and flickr8k-itm, and as shapes the demo's
+pretraining. Lists in our own format are written under ``--folder/lists``; each training is a run under ``--folder``,
+and what is done is not done again. Tests are paired: McNemar's where an item is right or wrong, the bootstrap
+elsewhere, against the same model shown grey pictures.
 
 Splits: easy_vqa and NLVR have their own; DAQUAR's images, SNLI-VE's photographs and those of NLVR's boxes are divided
 by a hash of their names, so that no picture is on both sides. SNLI-VE has five folds, since it has 205 photographs;
@@ -174,7 +174,7 @@ class Trial:
 
 TRIALS = {
     "easy_vqa": Trial(small.easy_vqa, easy_vqa),
-    "easy_shapes": Trial(unimodal.images_tiny, easy_shapes),
+    "easy_shapes": Trial(unimodal.images_tiny, easy_shapes, "shapes"),
     "daquar": Trial(small.daquar, daquar, "flickr8k-itm"),
     "snli_ve": Trial(small.snli_ve_flickr8k, snli_ve, "flickr8k-itm", folds=FOLDS),
     "nlvr": Trial(small.nlvr, nlvr),
