@@ -403,3 +403,14 @@ def test_torchrun_starts_processes_that_train_together(world: Path, tmp_path: Pa
     assert [record["step"] for record in logged] == [1]
     assert (tmp_path / "two" / "model" / "model.safetensors").exists()
     assert len(list((tmp_path / "two" / "checkpoints" / "step-00000001").glob("rank-*.pt"))) == 2
+
+
+def test_recalls_of_folds(run: Run, fails: Callable[..., str], world: Path, pretrained: Path) -> None:
+    common = ["evaluate", "retrieval", "--checkpoint", pretrained, "--data", world / "test-*.tar"]
+    first = run(*common, "--limit", 3)
+    assert run(*common, "--limit", 3, "--fold", 3) == first
+    assert run(*common, "--limit", 4, "--fold", 3) == first  # the rest is less than a fold
+    assert run(*common, "--fold", 1000) == run(*common)
+    assert run(*common, "--fold", 3)["t2i_r1"] != pytest.approx(0)
+    assert "--fold is for retrieval" in fails("evaluate", "caption", *common[2:], "--fold", 3)
+    assert "must not be negative" in fails(*common, "--fold", -1)
