@@ -107,7 +107,12 @@ def _ask_each(predictor: Predictor, task: str, paths: Sequence[Path], texts: Seq
         for path, answers in _answered(predictor, own, [(path, file_record(path, extra=extra)) for path in some]):
             for text, answer in zip(texts or ("",), answers, strict=True):
                 asked = {form.asked: text} if form.asked else {}
-                yield {"image": str(path), **asked, form.answer: answer}
+                yield {"image": str(path), **asked, form.answer: _plain(answer)}
+
+
+def _plain(answer: Any) -> Any:
+    """An answer as JSON has it; boxes to a hundredth of a pixel."""
+    return [round(number, 2) for number in answer] if isinstance(answer, tuple) else answer
 
 
 def _answered(

@@ -93,7 +93,7 @@ def test_the_matching_loss_has_a_match_and_a_false_text(batch: ImageTextBatch) -
 
 def test_false_texts_depend_on_the_step_alone(batch: ImageTextBatch) -> None:
     task = ranking(false_texts=1)
-    losses = [float(task(batch, step)["rank"]) for step in (0, 0, 1, 2, 3)]
+    losses = [task(batch, step)["rank"].item() for step in (0, 0, 1, 2, 3)]
     assert losses[0] == losses[1]
     assert len(set(losses)) > 2
 
