@@ -30,6 +30,7 @@ from triptych.data.shapes_language import (
     unique_descriptions,
 )
 from triptych.data.shapes_render import GRID, PLACES, Object, Scene, Split, draw, render_background
+from triptych.data.video import import_av
 from triptych.data.writing import add_member, replacing, replacing_tar
 from triptych.progress import progress
 
@@ -291,10 +292,7 @@ def encode_video(frames_THWC: NDArray[np.uint8]) -> bytes:
     Raises:
         ImportError: PyAV is missing.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError('Writing clips needs PyAV: pip install "triptych-vl[video]"') from error
+    av = import_av()
     file = io.BytesIO()
     # Without "bitexact" the file has random identifiers and the version of FFmpeg in it.
     with av.open(file, "w", format="matroska", container_options={"fflags": "bitexact"}) as container:

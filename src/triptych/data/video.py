@@ -104,7 +104,7 @@ def read_frames(
     frame_indices(1, count, rule)  # a wrong argument is no fault of the video
     if shorter_side is not None and shorter_side < 1:
         raise ValueError(f"shorter_side must be at least 1, got {shorter_side}")
-    ffmpeg_error = _av().FFmpegError
+    ffmpeg_error = import_av().FFmpegError
     try:
         file = _open_file(location)
     except (OSError, ValueError) as error:
@@ -133,7 +133,12 @@ def transform_clip(frames: Sequence[Image.Image], transform: Transform) -> Tenso
 # --- reading ------------------------------------------------------------------------------------------------
 
 
-def _av() -> Any:
+def import_av() -> Any:
+    """PyAV.
+
+    Raises:
+        ImportError: it is not installed; the message names the extra.
+    """
     try:
         import av
     except ImportError as error:
@@ -247,8 +252,8 @@ def _open_video(file: Any, key: str) -> Iterator[_Video]:
     # Not `options`, which are for streams too: PyAV 17 crashes on them where streams are found late (MPEG).
     options = {"format_whitelist": ",".join(CONTAINERS)}
     try:
-        opened = _av().open(file, container_options=options, metadata_errors="ignore")
-    except _av().FFmpegError as error:
+        opened = import_av().open(file, container_options=options, metadata_errors="ignore")
+    except import_av().FFmpegError as error:
         known = ", ".join(CONTAINERS)
         raise BrokenSample(key, f"the file is damaged or none of {known}: {error.strerror}") from error
     with opened as container:
@@ -272,7 +277,7 @@ class _Video:
 
     def packets(self) -> Iterator[Packet[VideoStream]]:
         """The encoded frames in the order of the file, until it ends or cannot be read any further."""
-        ffmpeg_error = _av().FFmpegError
+        ffmpeg_error = import_av().FFmpegError
         try:
             for packet in self.container.demux(self.stream):
                 if packet.size:  # to the decoder, an empty one would mean the end
@@ -305,7 +310,7 @@ class _Video:
         for packet in chain(packets, (None,)):  # None asks for the frames that the decoder holds back
             try:
                 frames = self.stream.decode(packet)
-            except _av().FFmpegError:
+            except import_av().FFmpegError:
                 errors += 1
                 if errors > _MAX_ERRORS:
                     return
@@ -337,7 +342,7 @@ class _Video:
     def _packets_from(self, keyframe: int) -> Iterator[Packet[VideoStream]]:
         try:
             self.container.seek(keyframe, stream=self.stream)
-        except _av().FFmpegError as error:
+        except import_av().FFmpegError as error:
             raise _LostError from error
         packets = self.packets()
         first = next(packets, None)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from triptych.data.batches import ImageTextBatch
+from triptych.data.transforms import Triple, normalize
 from triptych.models.protocol import Encoded, Part, VisionLanguageModel
 from triptych.objectives.distributed import StepNoise, mean_over_all
 from triptych.objectives.matching import matching_loss
@@ -49,25 +50,22 @@ class TextRanking(nn.Module):
     """
 
     uses: ClassVar[tuple[Part, ...]] = ("image", "text", "fusion", "matching")
-    _mean: Tensor
-    _std: Tensor
 
     def __init__(
         self,
         model: VisionLanguageModel,
         config: RankingConfig,
         *,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
+        mean: Triple,
+        std: Triple,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
         self.config = config
+        self.mean, self.std = mean, std
         self.seed = seed
         model.train_only(*self.uses)
-        self.register_buffer("_mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("_std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
 
     @property
     def kept(self) -> nn.Module:
@@ -77,7 +75,7 @@ class TextRanking(nn.Module):
     def forward(self, batch: ImageTextBatch, step: int, part: int = 0) -> dict[str, Tensor]:
         """Losses by name; their sum is what is minimised. ``part`` numbers the accumulated passes of a step."""
         B, device = len(batch), batch.image_id_B.device
-        image = self.model.encode_image((batch.pixels_BCHW.float() - self._mean) / self._std)
+        image = self.model.encode_image(normalize(batch.pixels_BCHW, self.mean, self.std))
         text = self.model.encode_text(batch.text.ids_BL, batch.text.mask_BL)
         same_BB = batch.image_id_B[:, None] == batch.image_id_B
         uniform_BB = StepNoise(self.seed, step, part).uniform(B, B, device=device)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from triptych.data.transforms import Preprocessing
 from triptych.generation import BeamSearch
-from triptych.recipes.flickr8k import flickr8k
+from triptych.recipes.flickr8k import caption_flickr8k, flickr8k
 from triptych.recipes.shapes import shapes_tiny
 from triptych.tasks.captioning import CaptioningConfig
 from triptych.tasks.entailment import EntailmentConfig
@@ -103,15 +103,12 @@ def coco_boxes() -> Recipe:
 
 def self_critical_flickr8k() -> Recipe:
     """Self-critical training of :func:`triptych.recipes.flickr8k.caption_flickr8k`'s captions."""
-    recipe = flickr8k()
-    search = BeamSearch(3, 4, 20)
+    recipe = caption_flickr8k()
+    assert isinstance(recipe.objective, CaptioningConfig)
     return replace(
         recipe,
         name="self_critical_flickr8k",
-        objective=SelfCriticalConfig(
-            captioning=CaptioningConfig(context="image", search=search), explore=BeamSearch(5, 4, 20)
-        ),
-        data=replace(recipe.data, scale=(0.5, 1.0)),
-        train=replace(recipe.train, steps=150, batch_size=32, evaluate_every=0, log_every=10),
+        objective=SelfCriticalConfig(recipe.objective, explore=BeamSearch(5, 4, 20)),
+        train=replace(recipe.train, steps=150, batch_size=32, log_every=10),
         optim=replace(recipe.optim, lr=2e-5, muon_lr=5e-4, warmup_steps=10),
     )

@@ -125,7 +125,7 @@ GLUE: Mapping[str, Callable[[], Recipe]] = MappingProxyType({f"glue_{task}": par
 
 
 def images_tiny() -> Recipe:
-    """The image encoder of the tiny size on any labelled pictures at 48 px; a minute.
+    """The image encoder of the tiny size on any labelled pictures at 48 px; half a minute.
 
     Command: ``triptych finetune image_classification tiny --start runs/shapes/model --data train.jsonl
     --evaluate-data test.jsonl --folder runs/labels``. Hardware: two CPU cores. Expect, on easy-VQA's drawings by their
@@ -135,7 +135,7 @@ def images_tiny() -> Recipe:
 
 
 def texts_tiny() -> Recipe:
-    """The text encoder of the tiny size on any labelled texts, such as a table of GLUE; a minute.
+    """The text encoder of the tiny size on any labelled texts, such as a table of GLUE.
 
     Command: ``triptych finetune text_classification tiny --start runs/shapes/model --data train.tsv
     --evaluate-data dev.tsv --folder runs/texts``. Hardware: two CPU cores. No figure: it is there to try things out.
