@@ -77,6 +77,14 @@ class Task(nn.Module, ABC):
         self.tokenizer = tokenizer
         self.preprocessing = preprocessing
         self.config = self.config_type() if config is None else config
+        self.build()
+
+    def build(self) -> None:
+        """Make what the task adds to the model: its head; ``config`` is set.
+
+        Raises:
+            ValueError: the model cannot do the task so.
+        """
 
     @classmethod
     def complete(cls, config: Any, records: Iterable[Record]) -> Any:

@@ -21,11 +21,10 @@ from triptych.data.pictures import read_pictures
 from triptych.data.pipelines import ImageTextPipeline
 from triptych.data.samples import Record
 from triptych.data.sources import Source
-from triptych.data.tokenizers import Tokenizer
-from triptych.data.transforms import Preprocessing, Transform
+from triptych.data.transforms import Transform
 from triptych.generation import BeamSearch, Hypothesis, Sampling, SpecialIds, generate
 from triptych.metrics.captions import score_captions
-from triptych.models.protocol import Encoded, Part, VisionLanguageModel
+from triptych.models.protocol import Encoded, Part
 from triptych.objectives.distributed import mean_over_all
 from triptych.progress import counted
 from triptych.tasks.base import Pipeline, Report, Task, at_most
@@ -67,17 +66,10 @@ class Captioning(Task):
     config_type: ClassVar[type[Any]] = CaptioningConfig
     config: CaptioningConfig
 
-    def __init__(
-        self,
-        model: VisionLanguageModel,
-        tokenizer: Tokenizer,
-        preprocessing: Preprocessing,
-        config: CaptioningConfig | None = None,
-    ) -> None:
-        super().__init__(model, tokenizer, preprocessing, config)
-        if model.decoder is None:
-            raise ValueError(f"captioning needs a model with a decoder; this {model.model_type} has none")
-        self.special = SpecialIds(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    def build(self) -> None:
+        if self.model.decoder is None:
+            raise ValueError(f"captioning needs a model with a decoder; this {self.model.model_type} has none")
+        self.special = SpecialIds(self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.pad_id)
 
     @property
     def uses(self) -> tuple[Part, ...]:

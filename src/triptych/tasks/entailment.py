@@ -20,10 +20,8 @@ from triptych.data.batches import Tokens
 from triptych.data.fields import Row, identifier, text
 from triptych.data.lists import ENTAILMENT, entailment_label
 from triptych.data.samples import BrokenSample, Record
-from triptych.data.tokenizers import Tokenizer
-from triptych.data.transforms import Preprocessing
 from triptych.models.heads import ClassifierHead
-from triptych.models.protocol import Part, VisionLanguageModel
+from triptych.models.protocol import Part
 from triptych.objectives.classification import class_indices, classification_loss
 from triptych.tasks.base import ItemBatch, ItemTask, Report, mean_credits, most_common
 from triptych.tasks.nested import read_nested
@@ -104,16 +102,9 @@ class Entailment(ItemTask[Hypothesis, EntailmentBatch]):
     uses: ClassVar[tuple[Part, ...]] = ("image", "text", "fusion")
     config: EntailmentConfig
 
-    def __init__(
-        self,
-        model: VisionLanguageModel,
-        tokenizer: Tokenizer,
-        preprocessing: Preprocessing,
-        config: EntailmentConfig | None = None,
-    ) -> None:
-        super().__init__(model, tokenizer, preprocessing, config)
+    def build(self) -> None:
         self.head = ClassifierHead(
-            model.pooled_width, len(ENTAILMENT), scale=self.config.head_scale, dropout=self.config.head_dropout
+            self.model.pooled_width, len(ENTAILMENT), scale=self.config.head_scale, dropout=self.config.head_dropout
         )
 
     def items(self) -> Callable[[Record], Sequence[Hypothesis]]:

@@ -41,7 +41,7 @@ from triptych.data.transforms import Preprocessing, Transform
 from triptych.metrics.boxes import convert_boxes, paired_giou, paired_iou
 from triptych.models.heads import BoxHead
 from triptych.models.layers import Memory, init_weights
-from triptych.models.protocol import Encoded, Part, VisionLanguageModel
+from triptych.models.protocol import Encoded, Part
 from triptych.models.text import TextDecoder
 from triptych.objectives.distributed import mean_over_all
 from triptych.tasks.base import ItemBatch, ItemTask, Report, Shown, draw, gather, mean_credits
@@ -252,20 +252,13 @@ class Grounding(ItemTask[Phrase, GroundingBatch]):
     config_type: ClassVar[type[Any]] = GroundingConfig
     config: GroundingConfig
 
-    def __init__(
-        self,
-        model: VisionLanguageModel,
-        tokenizer: Tokenizer,
-        preprocessing: Preprocessing,
-        config: GroundingConfig | None = None,
-    ) -> None:
-        super().__init__(model, tokenizer, preprocessing, config)
+    def build(self) -> None:
         if self.config.locating == "regression":
-            self.head = BoxHead(model.pooled_width)
-        elif model.decoder is None:
-            raise ValueError(f"this {model.model_type} has no decoder: locate with locating='regression'")
+            self.head = BoxHead(self.model.pooled_width)
+        elif self.model.decoder is None:
+            raise ValueError(f"this {self.model.model_type} has no decoder: locate with locating='regression'")
         else:
-            self.coordinates = CoordinateWords(self.config.bins, model.decoder, tokenizer)
+            self.coordinates = CoordinateWords(self.config.bins, self.model.decoder, self.tokenizer)
 
     @property
     def uses(self) -> tuple[Part, ...]:

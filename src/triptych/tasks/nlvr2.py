@@ -29,8 +29,7 @@ from triptych.data.boxes import mirror_phrase
 from triptych.data.fields import text, true_or_false
 from triptych.data.loader import mix, seeded
 from triptych.data.samples import BrokenSample, Record
-from triptych.data.tokenizers import Tokenizer
-from triptych.data.transforms import Preprocessing, Transform
+from triptych.data.transforms import Transform
 from triptych.metrics.nlvr2 import consistency, sentence_group
 from triptych.models.heads import ClassifierHead
 from triptych.models.layers import Attention, init_weights
@@ -188,22 +187,15 @@ class Nlvr2(ItemTask[Statement, StatementBatch]):
     config_type: ClassVar[type[Any]] = Nlvr2Config
     config: Nlvr2Config
 
-    def __init__(
-        self,
-        model: VisionLanguageModel,
-        tokenizer: Tokenizer,
-        preprocessing: Preprocessing,
-        config: Nlvr2Config | None = None,
-    ) -> None:
+    def build(self) -> None:
         """Raises ValueError where ``merged`` is asked of a model that cannot fuse two pictures, or tell them apart."""
-        super().__init__(model, tokenizer, preprocessing, config)
-        self.head = self._build_head(model)
+        self.head = self._build_head(self.model)
         if self.config.variant == "merged":  # kept with the head: no other task has a use for it
-            self.second_attention = model.pair_attention()
+            self.second_attention = self.model.pair_attention()
             if len(self.second_attention) == 0 and not self.config.picture_types:
                 raise ValueError("this fusion sees two pictures alike, whatever their order: set picture_types=True")
         if self.config.picture_types:
-            self.picture_types = nn.Parameter(torch.zeros(2, model.width))
+            self.picture_types = nn.Parameter(torch.zeros(2, self.model.width))
 
     @property
     def uses(self) -> tuple[Part, ...]:

@@ -19,11 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from triptych.data.samples import BrokenSample, Record
-from triptych.data.tokenizers import Tokenizer
-from triptych.data.transforms import Preprocessing
 from triptych.models.heads import ClassifierHead
 from triptych.models.layers import init_weights
-from triptych.models.protocol import Encoded, Part, VisionLanguageModel
+from triptych.models.protocol import Encoded, Part
 from triptych.tasks.base import Task
 
 Pooling = Literal["first", "mean"]
@@ -125,14 +123,7 @@ class UnimodalTask(Task):
     """The encoder."""
     config: Any
 
-    def __init__(
-        self,
-        model: VisionLanguageModel,
-        tokenizer: Tokenizer,
-        preprocessing: Preprocessing,
-        config: Any = None,
-    ) -> None:
-        super().__init__(model, tokenizer, preprocessing, config)
+    def build(self) -> None:
         self.head = self._build_head()
 
     @property

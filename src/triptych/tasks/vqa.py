@@ -22,12 +22,10 @@ from torch.nn import functional as F
 from triptych.data.batches import Tokens
 from triptych.data.fields import Row, answers_of, identifier, listed, optional_texts, text, wrong_field
 from triptych.data.samples import BrokenSample, Record, pre_caption
-from triptych.data.tokenizers import Tokenizer
-from triptych.data.transforms import Preprocessing
 from triptych.generation import BeamSearch, RankRule, SpecialIds, generate, rank_texts
 from triptych.metrics.vqa import Rules, normalize_answer, vqa_accuracy
 from triptych.models.heads import ClassifierHead
-from triptych.models.protocol import Part, VisionLanguageModel
+from triptych.models.protocol import Part
 from triptych.objectives.distributed import mean_over_all
 from triptych.tasks.base import ItemBatch, ItemTask, Report, mean_credits, most_common
 from triptych.tasks.nested import read_nested
@@ -193,27 +191,20 @@ class VisualQuestionAnswering(ItemTask[Question, VqaBatch]):
     config_type: ClassVar[type[Any]] = VqaConfig
     config: VqaConfig
 
-    def __init__(
-        self,
-        model: VisionLanguageModel,
-        tokenizer: Tokenizer,
-        preprocessing: Preprocessing,
-        config: VqaConfig | None = None,
-    ) -> None:
-        super().__init__(model, tokenizer, preprocessing, config)
+    def build(self) -> None:
         if self.config.answering == "classify":
             self.head = ClassifierHead(
-                model.pooled_width,
+                self.model.pooled_width,
                 len(self.config.answers),
                 scale=self.config.head_scale,
                 dropout=self.config.head_dropout,
             )
-        elif model.decoder is None:
-            raise ValueError(f"this {model.model_type} has no decoder: answer with answering='classify'")
+        elif self.model.decoder is None:
+            raise ValueError(f"this {self.model.model_type} has no decoder: answer with answering='classify'")
         if self.config.answering != "generate" and not self.config.answers:
             raise ValueError(f"answering={self.config.answering!r} needs a list of answers")
         self._class_of = {normalize_answer(answer): index for index, answer in enumerate(self.config.answers)}
-        self._special = SpecialIds(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+        self._special = SpecialIds(self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.pad_id)
 
     @property
     def uses(self) -> tuple[Part, ...]:
