@@ -95,7 +95,10 @@ def retrieval_shapes_tiny() -> Recipe:
 
 
 def retrieval_itm_shapes_tiny() -> Recipe:
-    """Retrieval by matching alone (BridgeTower's ITM-only), starting from :func:`shapes_tiny`; two minutes."""
+    """Retrieval by matching alone (BridgeTower's ITM-only), starting from :func:`shapes_tiny`.
+
+    The evaluation matches all pairs.
+    """
     recipe = _finetuning("retrieval_itm_shapes_tiny", RankingConfig(false_texts=7), 200)
     return replace(recipe, retrieval=replace(recipe.retrieval, candidates=1000))
 
