@@ -25,8 +25,8 @@ _EPOCHS = 10
 def cifar_base() -> Recipe:
     """CIFAR-10 or CIFAR-100 at 224 px, all of the image encoder trained: 10 epochs of 512, 1e-5 (official: or 2e-5).
 
-    Command: ``triptych finetune image_classification cifar_base --start mplug-base --data cifar-10-batches-bin
-    --splits train --evaluate-data cifar-10-batches-bin --evaluate-splits test --folder runs/cifar``. Hardware: one
+    Command: ``triptych finetune image_classification cifar_base --start mplug-base --data cifar-10-batches-py
+    --splits train --evaluate-data cifar-10-batches-py --evaluate-splits test --folder runs/cifar``. Hardware: one
     GPU. The official code never trains its linear classifier; here it has the rate 1e-3.
     """
     steps_per_epoch = 50_000 // 512
