@@ -239,7 +239,7 @@ def scores_of(predictor: Predictor, paths: list[Path], text: str, matching: bool
         pixels = show(file_record(path), PIXELS.test_transform(), PIXELS.frames)
         image = model.encode_image(PIXELS.normalize(pixels[None]))
         similarity = (model.embed_image(image) * model.embed_text(encoded)).sum()
-        scores.append(float(model.match_logits(model.fuse(image, encoded))[0, 1] if matching else similarity))
+        scores.append(float(model.match_logits(model.pool(image, encoded))[0, 1] if matching else similarity))
     return scores
 
 

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from triptych.data.tokenizers import Tokenizer
 from triptych.data.transforms import Preprocessing
+from triptych.models.bridgetower import BridgeTower
 from triptych.models.layers import record_attention
-from triptych.models.mplug import AsymmetricLayer, CoAttentionLayer, ConnectedLayer, MPlug
+from triptych.models.mplug import AsymmetricLayer, ConnectedLayer, MPlug
 from triptych.models.protocol import VisionLanguageModel
+from triptych.models.text import CoAttentionLayer
 
 _KINDS: dict[type, tuple[str, str]] = {
     AsymmetricLayer: ("block.cross_attention", "cross-attention"),
@@ -57,10 +59,10 @@ def word_maps(
     Raises:
         ValueError: a model whose fusion this does not know, or a text without words.
     """
-    if not isinstance(model, MPlug):
-        raise ValueError(f"there are no attention maps for a {model.model_type} yet, only for mplug")
+    if not isinstance(model, MPlug | BridgeTower):
+        raise ValueError(f"there are no attention maps for a {model.model_type}, only for mplug and bridgetower")
     encoding = tokenizer.backend.encode(text, add_special_tokens=False)
-    ids_BL, mask_BL = tokenizer.encode_batch([text], max_length=max_tokens, end=False)
+    ids_BL, mask_BL = tokenizer.encode_batch([text], max_length=max_tokens, end=model.ends_texts)
     pieces = _pieces_of_words(encoding.word_ids, ids_BL.shape[1] - 1)
     if not pieces:
         raise ValueError(f"the text {text!r} has no words")

@@ -101,7 +101,7 @@ def run(model: VisionLanguageModel, x: Inputs) -> Outputs:
         model.embed_image(image),
         model.embed_text(text),
         fused,
-        model.match_logits(fused),
+        model.match_logits(fused.pooled_BP),
         model.masked_logits(fused.text_BLD),
         decoded_BLV,
     )
@@ -186,7 +186,7 @@ def test_every_head_teaches_the_encoders(model: VisionLanguageModel, inputs: Inp
     heads = {
         "image": (model.embed_image(image), {"image"}),
         "text": (model.embed_text(text), {"text"}),
-        "match": (model.match_logits(fused), {"image", "text"}),
+        "match": (model.match_logits(fused.pooled_BP), {"image", "text"}),
         "masked": (model.masked_logits(fused.text_BLD), {"image", "text"}),
     }
     if model.decoder is not None:
@@ -244,7 +244,7 @@ def test_a_part_trained_alone_is_all_that_its_work_needs(model: VisionLanguageMo
     model.train_only("image", "text", "fusion", "embedding", "matching")
     image, text = model.encode_image(inputs.pixels_BCHW), model.encode_text(inputs.ids_BL, inputs.mask_BL)
     scale = (model.embed_image(image) @ model.embed_text(text).T / model.temperature).logsumexp(1)
-    loss = scale.sum() + model.match_logits(model.fuse(image, text)).square().sum()
+    loss = scale.sum() + model.match_logits(model.pool(image, text)).square().sum()
     assert set(gradients(model, loss)) == {name for name, p in model.named_parameters() if p.requires_grad}
 
 

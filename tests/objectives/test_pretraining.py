@@ -123,7 +123,7 @@ class Slow:
         losses = []
         for image, text, label in pairs:
             fused = self.model.fuse(self.image[image], self.model.encode_text(self.ids[text][None]))
-            losses.append(F.cross_entropy(self.model.match_logits(fused), torch.tensor([label])))
+            losses.append(F.cross_entropy(self.model.match_logits(fused.pooled_BP), torch.tensor([label])))
         return torch.stack(losses).mean()
 
     def mlm(self) -> Tensor:
@@ -432,7 +432,7 @@ def test_a_batch_of_one(make_model: MakeModel, make_batch: MakeBatch) -> None:
     assert all(loss.isfinite() for loss in losses.values())
     slow = Slow(task, batch, STEP)
     fused = slow.model.fuse(slow.image[0], slow.model.encode_text(slow.ids[0][None]))
-    expected = 2.0 * F.cross_entropy(slow.model.match_logits(fused), torch.tensor([1]))
+    expected = 2.0 * F.cross_entropy(slow.model.match_logits(fused.pooled_BP), torch.tensor([1]))
     torch.testing.assert_close(losses["itm"], expected)
     assert len(gradients(task, losses)) == len(list(task.model.parameters()))
 

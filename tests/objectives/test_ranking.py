@@ -70,7 +70,7 @@ def test_the_losses_are_those_of_every_pair_alone(batch: ImageTextBatch) -> None
         pixels_BCHW = (batch.pixels_BCHW[picture : picture + 1].float() / 255 - 0.5) / 0.5
         length = int(batch.text.mask_BL[text].sum())
         encoded = model.encode_text(batch.text.ids_BL[text : text + 1, :length])
-        return model.match_logits(model.fuse(model.encode_image(pixels_BCHW), encoded))[0]
+        return model.match_logits(model.fuse(model.encode_image(pixels_BCHW), encoded).pooled_BP)[0]
 
     others = {0: [1, 3], 1: [0, 2, 3], 2: [1, 3], 3: [0, 1, 2]}
     expected = []

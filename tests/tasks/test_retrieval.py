@@ -53,7 +53,7 @@ def match_all(model: MPlug, tokenizer: Tokenizer, collection: Collection) -> Ten
         for text in collection.text:
             encoded = model.encode_text(*tokenizer.encode_batch([text], max_length=None, end=False))
             images = [model.encode_image(pixels_BCHW[i : i + 1]) for i in range(PICTURES)]
-            rows.append([float(model.match_logits(model.fuse(image, encoded))[0, 1]) for image in images])
+            rows.append([float(model.match_logits(model.fuse(image, encoded).pooled_BP)[0, 1]) for image in images])
     return torch.tensor(rows)
 
 

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -67,10 +67,6 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(Bert, BertConfig),
 }
 """By ``model_type``: every network, and parts to initialise one from."""
-
-
-_POSITIONS: dict[str, Literal["bilinear", "bicubic"]] = {"mplug": "bilinear"}
-"""How each network's ``vision.position_embedding`` is interpolated to another ``config.vision.image_size``."""
 
 
 @dataclass(frozen=True)
@@ -326,7 +322,7 @@ def _check_fit(path: Path, state: Tensors, build: Callable[[], nn.Module]) -> No
 
 def _resized(folder: Path, model_type: str, config: Any, state: Tensors, image_size: int) -> tuple[Any, Tensors]:
     """Configuration and tensors for another image size."""
-    if model_type not in _POSITIONS:
+    if model_type not in MODELS:
         raise CheckpointError(folder, f"the image size of a {model_type} cannot be changed on loading")
     if image_size < 1:
         raise CheckpointError(folder, f"image_size must be at least 1, not {image_size}")
@@ -334,12 +330,10 @@ def _resized(folder: Path, model_type: str, config: Any, state: Tensors, image_s
     try:
         vision = replace(config.vision, image_size=image_size)
         side = image_size // vision.patch
-        return replace(config, vision=vision), {
-            **state,
-            name: resize_positions(state[name], (side, side), _POSITIONS[model_type]),
-        }
+        table_ND = resize_positions(state[name], (side, side), vision.interpolation)
     except ValueError as error:
         raise CheckpointError(folder, str(error)) from error
+    return replace(config, vision=vision), {**state, name: table_ND}
 
 
 def _load_tokenizer(path: Path) -> Tokenizer | None:

@@ -203,7 +203,7 @@ def _mplug_outputs(recording: Recording) -> Outputs:
         "text_embeds": text.hidden_BLD,
         "image_feat": model.embed_image(image),
         "text_feat": model.embed_text(text),
-        "itm_logits": model.match_logits(fused),
+        "itm_logits": model.match_logits(fused.pooled_BP),
         "mlm_logits": model.masked_logits(fused.text_BLD),
     }
     memories = {"decoder": fused.states(), "caption": image}

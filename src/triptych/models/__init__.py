@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from triptych.models.bridgetower import SIZES as BRIDGETOWER_SIZES
+from triptych.models.bridgetower import BridgeTower, BridgeTowerConfig
 from triptych.models.mplug import SIZES as MPLUG_SIZES
 from triptych.models.mplug import MPlug, MPlugConfig
 from triptych.models.protocol import VisionLanguageModel
@@ -30,9 +32,19 @@ class ModelFamily:
 MODELS: Mapping[str, ModelFamily] = MappingProxyType(
     {
         MPlug.model_type: ModelFamily(MPlug, MPlugConfig, MappingProxyType(MPLUG_SIZES)),
+        BridgeTower.model_type: ModelFamily(BridgeTower, BridgeTowerConfig, MappingProxyType(BRIDGETOWER_SIZES)),
     }
 )
 """Every network by its ``model_type``."""
+
+
+ModelConfig = MPlugConfig | BridgeTowerConfig
+"""The configuration of some network."""
+
+
+def model_type_of(config: ModelConfig) -> str:
+    """The network that a configuration is of."""
+    return next(model_type for model_type, family in MODELS.items() if isinstance(config, family.config))
 
 
 def build(model_type: str, config: Any) -> VisionLanguageModel:

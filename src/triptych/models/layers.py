@@ -323,8 +323,32 @@ class PostNormBlock(nn.Module):
         second: tuple[Encoded, Attention] | None = None,
     ) -> Tensor:
         """``second`` is another memory with an attention of its own; the mean of what both attend to goes on."""
-        attended_BLD = self.attention(x_BLD, mask=mask_BL, causal=causal, cache=cache)
-        x_BLD = self.attention_norm(x_BLD + self.dropout(attended_BLD))
+        x_BLD = self.attend_self(x_BLD, mask_BL, causal=causal, cache=cache)
+        return self.attend_memory(x_BLD, memory, memory_mask_BM, second=second)
+
+    def attend_self(
+        self,
+        x_BLD: Tensor,
+        mask_BL: Tensor | None = None,
+        *,
+        causal: bool = False,
+        cache: KeyValueCache | None = None,
+        first: bool = False,
+    ) -> Tensor:
+        """The half that needs no memory; ``first`` gives the state of token 0 alone."""
+        asking_BLD, memory_BLD = (x_BLD[:, :1], x_BLD) if first else (x_BLD, None)
+        attended_BLD = self.attention(asking_BLD, memory_BLD, mask_BL, causal=causal, cache=cache)
+        return self.attention_norm(asking_BLD + self.dropout(attended_BLD))
+
+    def attend_memory(
+        self,
+        x_BLD: Tensor,
+        memory: Tensor | Memory | None = None,
+        memory_mask_BM: Tensor | None = None,
+        *,
+        second: tuple[Encoded, Attention] | None = None,
+    ) -> Tensor:
+        """The rest, cross-attention and the linear layers, which treat every token by itself."""
         if self.cross_attention is not None and self.cross_norm is not None:
             crossed_BLD = self.cross_attention(x_BLD, memory, memory_mask_BM)
             if second is not None:

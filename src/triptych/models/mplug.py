@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from triptych.models.layers import Attention, Memory, init_weights, run_block
 from triptych.models.protocol import Encoded, Fused, Part, VisionLanguageModel
-from triptych.models.text import LanguageHead, TextConfig, TextDecoder, TextEncoder
-from triptych.models.vision import VisionConfig, VisionTransformer, resize_positions
+from triptych.models.text import CoAttentionLayer, MaskedLanguageHead, TextConfig, TextDecoder, TextEncoder
+from triptych.models.vision import VisionConfig, VisionTransformer
 
 FusionKind = Literal["skip", "co_attention", "connected", "asymmetric"]
 SkipRule = Literal["released", "paper"]
@@ -131,21 +131,6 @@ class ConnectedLayer(nn.Module):
         return (image.hidden_BLD + image_BND if self.summed_skip else image_BND), text_BLD
 
 
-class CoAttentionLayer(nn.Module):
-    """Both sides attend to themselves and to the other side's input (the paper's two-sided baseline)."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.image_block = config.block(cross=True)
-        self.text_block = config.block(cross=True)
-
-    def forward(self, image: Encoded, text: Encoded) -> tuple[Tensor, Tensor]:
-        return (
-            self.image_block(image.hidden_BLD, image.mask_BL, text.hidden_BLD, text.mask_BL),
-            self.text_block(text.hidden_BLD, text.mask_BL, image.hidden_BLD, image.mask_BL),
-        )
-
-
 class FusionNetwork(nn.Module):
     """A stack of fusion layers, for any kind of fusion the paper compares."""
 
@@ -166,12 +151,14 @@ class FusionNetwork(nn.Module):
     def forward(self, image: Encoded, text: Encoded, image_rows_B: Tensor | None = None) -> Fused:
         """Fuse row b of the text with row b of the image, or with row ``image_rows_B[b]`` of it."""
         for layer in self.layers:
-            if isinstance(layer, AsymmetricLayer):
-                image_BND, text_BLD = run_block(layer, image, text, image_rows_B, checkpointing=self.checkpointing)
-            else:  # here every text changes its image, so each needs a copy
+            if isinstance(layer, ConnectedLayer):  # the text changes its image, so each needs a copy
                 if image_rows_B is not None:
                     image, image_rows_B = image.rows(image_rows_B), None
                 image_BND, text_BLD = run_block(layer, image, text, checkpointing=self.checkpointing)
+            else:
+                image_BND, text_BLD = run_block(layer, image, text, image_rows_B, checkpointing=self.checkpointing)
+                if isinstance(layer, CoAttentionLayer):
+                    image_rows_B = None
             image, text = Encoded(image_BND, image.mask_BL), Encoded(text_BLD, text.mask_BL)
         if image_rows_B is not None:
             image = image.rows(image_rows_B)
@@ -205,19 +192,6 @@ class FusionNetwork(nn.Module):
             text = Encoded(text_BLD, text.mask_BL)
         both = Encoded.join(first, second)
         return Fused(both.hidden_BLD, text.hidden_BLD, text.hidden_BLD[:, 0], both.mask_BL, text.mask_BL)
-
-
-class MaskedLanguageHead(nn.Module):
-    """The MLM head and its word table (official: the fusion encoder's otherwise unused embeddings)."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.word = nn.Embedding(config.vocab_size, config.width)
-        self.head = LanguageHead(config)
-        init_weights(self, config.width)
-
-    def forward(self, hidden_XD: Tensor) -> Tensor:
-        return self.head(hidden_XD, self.word.weight)
 
 
 class MPlug(VisionLanguageModel):
@@ -255,13 +229,8 @@ class MPlug(VisionLanguageModel):
             init_weights(head, text.width)
 
     def resize_images(self, image_size: int) -> None:
-        """Interpolate the position table once and for all, for training at another resolution."""
-        vision = replace(self.config.vision, image_size=image_size)
-        side = image_size // vision.patch
-        table_ND = resize_positions(self.vision.position_embedding.detach(), (side, side))
-        self.vision.position_embedding = nn.Parameter(table_ND.clone())
-        self.vision.config = vision
-        self.config = replace(self.config, vision=vision)
+        self.vision.resize(image_size)
+        self.config = replace(self.config, vision=self.vision.config)
 
     def encode_picture(self, pixels_BCHW: Tensor) -> Encoded:
         """[B, 3, H, W] normalised pixels to [B, N, D]."""
@@ -289,8 +258,8 @@ class MPlug(VisionLanguageModel):
     def fuse_pair(self, first: Encoded, second: Encoded, text: Encoded, attention: nn.ModuleList) -> Fused:
         return self.fusion.fuse_pair(first, second, text, attention)
 
-    def match_logits(self, fused: Fused) -> Tensor:
-        return self.match_head(fused.pooled_BP)
+    def match_logits(self, pooled_BP: Tensor) -> Tensor:
+        return self.match_head(pooled_BP)
 
     def masked_logits(self, text_XD: Tensor) -> Tensor:
         return self.masked_head(text_XD)

@@ -130,8 +130,9 @@ class Fused:
         return Encoded.join(image, text)
 
 
-Part = Literal["image", "text", "fusion", "fused_image", "embedding", "matching", "masked", "decoder"]
-"""A use of a model. ``fused_image``: a head of a task's own reads :attr:`Fused.image_BND`, as decoders do."""
+Part = Literal["image", "text", "fusion", "fused_image", "pooled", "embedding", "matching", "masked", "decoder"]
+"""A use of a model. ``fused_image``: a head of a task's own reads :attr:`Fused.image_BND`, as decoders do; ``pooled``:
+one reads :attr:`Fused.pooled_BP`, as matching does."""
 
 
 class VisionLanguageModel(nn.Module, ABC):
@@ -144,6 +145,8 @@ class VisionLanguageModel(nn.Module, ABC):
     model_type: ClassVar[str]
     parts: ClassVar[Mapping[Part, tuple[str, ...]]]
     """Which attributes each use of the model needs; none has ``fused_image``, whose are those of ``fusion``."""
+    ends_texts: ClassVar[bool] = False
+    """Whether the texts it encodes end with the end token ("<s> a cat </s>"), or not ("[CLS] a cat")."""
     width: int
     pooled_width: int
     embed_dim: int
@@ -160,6 +163,10 @@ class VisionLanguageModel(nn.Module, ABC):
         if pixels.dim() == 4:
             return self.encode_picture(pixels)
         return self.encode_picture(pixels.flatten(0, 1)).as_clips(pixels.shape[1])
+
+    @abstractmethod
+    def resize_images(self, image_size: int) -> None:
+        """Interpolate the position table once and for all, for training at another resolution."""
 
     @abstractmethod
     def encode_picture(self, pixels_BCHW: Tensor) -> Encoded:
@@ -188,6 +195,13 @@ class VisionLanguageModel(nn.Module, ABC):
         Giving the rows instead of copied images lets work that depends on the image alone be done once an image.
         """
 
+    def pool(self, image: Encoded, text: Encoded, image_rows_B: Tensor | None = None) -> Tensor:
+        """:attr:`Fused.pooled_BP` of what :meth:`fuse` gives, for whoever needs nothing else of it.
+
+        A model can leave out what only the other states need.
+        """
+        return self.fuse(image, text, image_rows_B).pooled_BP
+
     def pair_attention(self) -> nn.ModuleList:
         """What :meth:`fuse_pair` needs beside the model: a copy of each cross-attention, for the second picture.
 
@@ -211,8 +225,8 @@ class VisionLanguageModel(nn.Module, ABC):
         return ValueError(f"the fusion of this {self.model_type} takes one picture: fuse a text with each by itself")
 
     @abstractmethod
-    def match_logits(self, fused: Fused) -> Tensor:
-        """``[B, 2]``: column 1 says that image and text belong together."""
+    def match_logits(self, pooled_BP: Tensor) -> Tensor:
+        """``[B, 2]`` from :attr:`Fused.pooled_BP`: column 1 says that image and text belong together."""
 
     @abstractmethod
     def masked_logits(self, text_XD: Tensor) -> Tensor:

@@ -19,7 +19,12 @@ from triptych.models.protocol import Encoded
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Sizes of a BERT; the number of layers is given where they are built."""
+    """Sizes of a BERT; the number of layers is given where they are built.
+
+    Attributes:
+        first_position: row of the position table that the first token gets. BERT's is 0; RoBERTa's 2, one more than
+            the id of padding, whose tokens all have the row before.
+    """
 
     vocab_size: int = 30522
     width: int = 768
@@ -30,6 +35,12 @@ class TextConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.1
     activation: Activation = "gelu"
+    first_position: int = 0
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens a text can have."""
+        return self.max_positions - self.first_position
 
     def block(self, *, cross: bool) -> PostNormBlock:
         """One Transformer layer of these sizes."""
@@ -50,23 +61,30 @@ class TextEmbeddings(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
+        self.first_position = config.first_position
         self.word = nn.Embedding(config.vocab_size, config.width)
         self.position = nn.Embedding(config.max_positions, config.width)
         self.segment = nn.Parameter(torch.zeros(config.width))
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, ids_BL: Tensor, start: int = 0, word_VD: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids_BL: Tensor, start: int = 0, word_VD: Tensor | None = None, mask_BL: Tensor | None = None
+    ) -> Tensor:
         """``start`` is the position of the first id, for decoding one token at a time.
 
-        ``word_VD`` is what the ids are rows of, where that is not the own word embeddings.
+        ``word_VD`` is what the ids are rows of, where that is not the own word embeddings. ``mask_BL`` only decides
+        what padding is, where that has a position of its own.
         """
         end = start + ids_BL.shape[1]
-        if end > self.position.num_embeddings:
-            raise ValueError(f"a text of {end} tokens is longer than the {self.position.num_embeddings} positions")
+        if end > self.position.num_embeddings - self.first_position:
+            room = self.position.num_embeddings - self.first_position
+            raise ValueError(f"a text of {end} tokens is longer than the {room} positions")
         word_BLD = self.word(ids_BL) if word_VD is None else F.embedding(ids_BL, word_VD)
-        x_BLD = word_BLD + self.position.weight[start:end] + self.segment
-        return self.dropout(self.norm(x_BLD))
+        position = self.position.weight[self.first_position + start : self.first_position + end]
+        if self.first_position and mask_BL is not None:
+            position = torch.where(mask_BL[..., None], position, self.position.weight[self.first_position - 1])
+        return self.dropout(self.norm(word_BLD + position + self.segment))
 
 
 class TextEncoder(nn.Module):
@@ -81,10 +99,17 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor | None = None) -> Tensor:
         """[B, L] ids to [B, L, D] states; padding is never attended to."""
-        x_BLD = self.embeddings(ids_BL)
-        for block in self.blocks:
+        return self.levels(ids_BL, mask_BL, 1)[0]
+
+    def levels(self, ids_BL: Tensor, mask_BL: Tensor | None, count: int) -> list[Tensor]:
+        """States [B, L, D] of the last ``count`` blocks, lowest first."""
+        x_BLD = self.embeddings(ids_BL, mask_BL=mask_BL)
+        levels = []
+        for number, block in enumerate(self.blocks, start=1):
             x_BLD = run_block(block, x_BLD, mask_BL, checkpointing=self.checkpointing)
-        return x_BLD
+            if number > len(self.blocks) - count:
+                levels.append(x_BLD)
+        return levels
 
 
 class LanguageHead(nn.Module):
@@ -101,6 +126,55 @@ class LanguageHead(nn.Module):
         """[..., D] states to [..., V] logits over the given word embeddings, with their bias if not the own one."""
         hidden_XD = self.norm(F.gelu(self.transform(hidden_XD)))
         return F.linear(hidden_XD, word_VD, self.bias if bias_V is None else bias_V)
+
+
+class MaskedLanguageHead(nn.Module):
+    """The MLM head and its word table, which is no other module's.
+
+    In mPLUG it is the fusion encoder's otherwise unused embeddings; in BridgeTower an output layer that is not tied.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.width)
+        self.head = LanguageHead(config)
+        init_weights(self, config.width)
+
+    def forward(self, hidden_XD: Tensor) -> Tensor:
+        return self.head(hidden_XD, self.word.weight)
+
+
+class CoAttentionLayer(nn.Module):
+    """Both sides attend to themselves, then to the other side's input.
+
+    BridgeTower's and METER's cross-modal layer, and mPLUG's two-sided baseline. Source: Dou et al. 2022 (METER);
+    microsoft/BridgeTower ``bt_module.py:489``.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.image_block = config.block(cross=True)
+        self.text_block = config.block(cross=True)
+
+    def forward(
+        self, image: Encoded, text: Encoded, image_rows_B: Tensor | None = None, *, first: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """New image states [B, N, D] and text states [B, L, D].
+
+        Args:
+            image_rows_B: the row of the image that each text meets. What the image alone decides, its self-attention
+                and the keys and values that the text looks at, is then computed once an image.
+            first: compute the state of token 0 alone, [B, 1, D], which is all that a pooler reads.
+        """
+        image_BND = self.image_block.attend_self(image.hidden_BLD, image.mask_BL, first=first)
+        text_BLD = self.text_block.attend_self(text.hidden_BLD, text.mask_BL, first=first)
+        memory = self.text_block.remember(image)
+        if image_rows_B is not None:
+            image_BND, memory = image_BND[image_rows_B], memory.select(image_rows_B)
+        return (
+            self.image_block.attend_memory(image_BND, text.hidden_BLD, text.mask_BL),
+            self.text_block.attend_memory(text_BLD, memory),
+        )
 
 
 @dataclass

@@ -5,7 +5,7 @@ Shape legend: B batch, C channels, H height, W width, N image tokens (class toke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from triptych.models.layers import Activation, PreNormBlock, init_weights, run_block
 
 Stem = Literal["patch", "convolution"]
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class VisionConfig:
         attention_dropout: mPLUG's code trains with 0.1 here, OpenAI's with 0.
         stem: what makes a state of a patch: ``patch`` is one linear map, as published; ``convolution`` is three
             convolutions (:class:`ConvolutionStem`), which learn from fewer pictures.
+        interpolation: of the position table for another resolution. mPLUG's is bilinear (``models/vit.py:208-225``),
+            BridgeTower's and EVE's bicubic.
     """
 
     width: int
@@ -37,10 +40,14 @@ class VisionConfig:
     layer_norm_eps: float = 1e-5
     attention_dropout: float = 0.0
     stem: Stem = "patch"
+    interpolation: Interpolation = "bilinear"
 
     def __post_init__(self) -> None:
         if self.stem not in get_args(Stem):
             raise ValueError(f"stem must be one of {', '.join(get_args(Stem))}, not {self.stem!r}")
+        if self.interpolation not in get_args(Interpolation):
+            known = ", ".join(get_args(Interpolation))
+            raise ValueError(f"interpolation must be one of {known}, not {self.interpolation!r}")
         if self.stem == "convolution" and self.patch % 4:
             raise ValueError(f"a convolution stem needs a patch that is a multiple of 4, not {self.patch}")
         if self.image_size % self.patch:
@@ -128,24 +135,44 @@ class VisionTransformer(nn.Module):
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """[B, 3, H, W] normalised pixels to [B, N, D]. Other resolutions than the table's interpolate it."""
+        return self.levels(pixels_BCHW, 1)[0]
+
+    def levels(self, pixels_BCHW: Tensor, count: int) -> list[Tensor]:
+        """States [B, N, D] of the last ``count`` blocks, lowest first.
+
+        ``ln_post`` is applied to each; what goes on to the next block is not normalised (microsoft/BridgeTower
+        ``bt_module.py:453,498``).
+        """
         patch = self.config.patch
         height, width = pixels_BCHW.shape[-2:]
         if height % patch or width % patch:
             raise ValueError(f"image of {height} x {width} pixels: both sides must be multiples of the patch, {patch}")
         x_BND = self.patch_embedding(pixels_BCHW).flatten(2).transpose(1, 2)
         class_B1D = self.class_embedding.to(x_BND.dtype).expand(len(x_BND), 1, -1)
-        position_ND = resize_positions(self.position_embedding, (height // patch, width // patch))
+        grid = (height // patch, width // patch)
+        position_ND = resize_positions(self.position_embedding, grid, self.config.interpolation)
         x_BND = torch.cat([class_B1D, x_BND], dim=1) + position_ND
         x_BND = self.pre_norm(x_BND)
-        for block in self.blocks:
+        levels = []
+        for number, block in enumerate(self.blocks, start=1):
             x_BND = run_block(block, x_BND, checkpointing=self.checkpointing)
-        return self.post_norm(x_BND)
+            if number > len(self.blocks) - count:
+                levels.append(self.post_norm(x_BND))
+        return levels
+
+    def resize(self, image_size: int) -> None:
+        """Interpolate the position table once and for all, for training at another resolution."""
+        config = replace(self.config, image_size=image_size)
+        side = image_size // config.patch
+        table_ND = resize_positions(self.position_embedding.detach(), (side, side), config.interpolation)
+        self.position_embedding = nn.Parameter(table_ND.clone())
+        self.config = config
 
 
-def resize_positions(table_ND: Tensor, grid: tuple[int, int], mode: str = "bilinear") -> Tensor:
+def resize_positions(table_ND: Tensor, grid: tuple[int, int], mode: Interpolation = "bilinear") -> Tensor:
     """Interpolate a position table (class token first, then a square grid) to another grid of patches.
 
-    mPLUG uses bilinear (``models/vit.py:208-225``), BridgeTower and EVE bicubic. Equal grids return the table itself.
+    Equal grids return the table itself.
     """
     old = round((table_ND.shape[0] - 1) ** 0.5)
     if old * old != table_ND.shape[0] - 1:

@@ -154,10 +154,10 @@ class Alignment(nn.Module):
         text = model.encode_text(batch.text.ids_BL, batch.text.mask_BL)
         contrast = self._contrast(batch, image, text, self._taught(pixels_BCHW, batch.text), alpha)
         pairs = self._draw_pairs(image, text, contrast, StepNoise(self.seed, step, part))
-        fused = model.fuse(pairs.images, pairs.texts, pairs.image_rows)
+        pooled_XP = model.pool(pairs.images, pairs.texts, pairs.image_rows)
         return {
             "itc": contrast.loss,
-            "itm": matching_loss(model.match_logits(fused), pairs.matches, pairs.counts),
+            "itm": matching_loss(model.match_logits(pooled_XP), pairs.matches, pairs.counts),
         }
 
     def _begin(self, batch: ImageTextBatch, step: int, part: int) -> tuple[Tensor, float]:

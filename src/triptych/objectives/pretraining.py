@@ -116,7 +116,7 @@ class Pretraining(Alignment):
 
         losses = {
             "itc": contrast.loss,
-            "itm": matching_loss(model.match_logits(fused.rows(slice(0, 3 * B))), pairs.matches, pairs.counts),
+            "itm": matching_loss(model.match_logits(fused.pooled_BP[: 3 * B]), pairs.matches, pairs.counts),
             "mlm": self._masked_loss(fused_masked, masked_m, batch.text, chosen_BL, alpha),
             "prefix": self._prefix_loss(fused_prefix, prefix_m, batch.target, alpha),
         }

@@ -94,8 +94,8 @@ class TextRanking(nn.Module):
     def _match(self, image: Encoded, text: Encoded, text_BT: Tensor) -> Tensor:
         """Matching logits ``[B, T, 2]`` of each picture with T texts of the batch."""
         picture_X = torch.arange(len(text_BT), device=text_BT.device).repeat_interleave(text_BT.shape[1])
-        fused = self.model.fuse(image, text.rows(text_BT.flatten()), picture_X)
-        return self.model.match_logits(fused).view(*text_BT.shape, 2)
+        pooled_XP = self.model.pool(image, text.rows(text_BT.flatten()), picture_X)
+        return self.model.match_logits(pooled_XP).view(*text_BT.shape, 2)
 
 
 def draw_false(same_BB: Tensor, uniform_BB: Tensor, count: int) -> tuple[Tensor, Tensor]:

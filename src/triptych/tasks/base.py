@@ -24,7 +24,7 @@ from triptych.data.samples import BrokenSample, Record
 from triptych.data.sources import Source
 from triptych.data.tokenizers import Tokenizer
 from triptych.data.transforms import FrameChoice, Preprocessing, Transform
-from triptych.models.protocol import Fused, Part, VisionLanguageModel
+from triptych.models.protocol import Encoded, Fused, Part, VisionLanguageModel
 from triptych.progress import counted
 
 _AT_ONCE = 32
@@ -274,13 +274,27 @@ class ItemTask(Task, Generic[Item, Batch]):
             asked += [item for example in shown for item in example.items]
         return self.report(asked, predictions)
 
-    def fuse(self, batch: Batch, text: Tokens, preprocessing: Preprocessing | None = None) -> Fused:
-        """The text of each item with its picture, which is encoded once.
+    def tokens(self, texts: Sequence[str], max_tokens: int) -> Tokens:
+        """Texts as the model's encoder reads them."""
+        return Tokens(*self.tokenizer.encode_batch(texts, max_length=max_tokens, end=self.model.ends_texts))
+
+    def encode_items(
+        self, batch: Batch, text: Tokens, preprocessing: Preprocessing | None = None
+    ) -> tuple[Encoded, Encoded, Tensor]:
+        """Pictures, each once, the text of each item, and which picture an item has: what ``model.fuse`` takes.
 
         ``preprocessing`` says how pixels are normalised, where that is not the task's own.
         """
         image = self.model.encode_image((preprocessing or self.preprocessing).normalize(batch.pixels))
-        return self.model.fuse(image, self.model.encode_text(text.ids_BL, text.mask_BL), batch.picture_Q)
+        return image, self.model.encode_text(text.ids_BL, text.mask_BL), batch.picture_Q
+
+    def fuse(self, batch: Batch, text: Tokens, preprocessing: Preprocessing | None = None) -> Fused:
+        """The text of each item with its picture."""
+        return self.model.fuse(*self.encode_items(batch, text, preprocessing))
+
+    def pool(self, batch: Batch, text: Tokens, preprocessing: Preprocessing | None = None) -> Tensor:
+        """The pooled state alone, [Q, P], of what :meth:`fuse` gives: what a classifier reads."""
+        return self.model.pool(*self.encode_items(batch, text, preprocessing))
 
     def answer(self, records: Sequence[Record]) -> list[Any]:
         """A prediction for every item of some records, encoded at once."""

@@ -99,7 +99,7 @@ class Entailment(ItemTask[Hypothesis, EntailmentBatch]):
     name: ClassVar[str] = "entailment"
     metric: ClassVar[str] = "accuracy"
     config_type: ClassVar[type[Any]] = EntailmentConfig
-    uses: ClassVar[tuple[Part, ...]] = ("image", "text", "fusion")
+    uses: ClassVar[tuple[Part, ...]] = ("image", "text", "fusion", "pooled")
     config: EntailmentConfig
 
     def build(self) -> None:
@@ -113,8 +113,8 @@ class Entailment(ItemTask[Hypothesis, EntailmentBatch]):
     def batch(
         self, pixels: Tensor, picture_Q: Tensor, items: Sequence[Hypothesis], *, max_tokens: int
     ) -> EntailmentBatch:
-        tokens = self.tokenizer.encode_batch([item.text for item in items], max_length=max_tokens, end=False)
-        return EntailmentBatch(pixels, picture_Q, Tokens(*tokens), class_indices(item.label for item in items))
+        tokens = self.tokens([item.text for item in items], max_tokens)
+        return EntailmentBatch(pixels, picture_Q, tokens, class_indices(item.label for item in items))
 
     def forward(self, batch: EntailmentBatch, step: int = 0, part: int = 0) -> dict[str, Tensor]:
         """Mean cross-entropy of the labels."""
@@ -140,4 +140,4 @@ class Entailment(ItemTask[Hypothesis, EntailmentBatch]):
         return lambda item: ENTAILMENT[label]
 
     def _logits(self, batch: EntailmentBatch) -> Tensor:
-        return self.head(self.fuse(batch, batch.hypothesis).pooled_BP).float()
+        return self.head(self.pool(batch, batch.hypothesis)).float()

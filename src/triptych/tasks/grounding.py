@@ -263,7 +263,7 @@ class Grounding(ItemTask[Phrase, GroundingBatch]):
     @property
     def uses(self) -> tuple[Part, ...]:
         shared: tuple[Part, ...] = ("image", "text", "fusion")
-        return shared if self.config.locating == "regression" else (*shared, "decoder")
+        return (*shared, "pooled" if self.config.locating == "regression" else "decoder")
 
     def freeze_rest(self) -> None:
         super().freeze_rest()
@@ -296,16 +296,16 @@ class Grounding(ItemTask[Phrase, GroundingBatch]):
         Regression: :data:`L1_WEIGHT` times the summed distance of the four numbers, and :data:`GIOU_WEIGHT` times
         1 - GIoU, both averaged over phrases.
         """
-        fused = self.fuse(batch, batch.phrase)
         if self.config.locating == "regression":
-            predicted_Q4 = self.head(fused.pooled_BP)
+            predicted_Q4 = self.head(self.pool(batch, batch.phrase))
             distance_Q = (predicted_Q4 - batch.box_Q4).abs().sum(1)
             return {
                 "l1": L1_WEIGHT * mean_over_all(distance_Q),
                 "giou": GIOU_WEIGHT * mean_over_all(_far_apart(predicted_Q4, batch.box_Q4)),
             }
         true_Q4 = boxes_to_bins(batch.box_Q4, self.config.bins)
-        logits_Q4K = self.coordinates.logits(self._decoder, fused.states(), true_Q4[:, :3])
+        states = self.fuse(batch, batch.phrase).states()
+        logits_Q4K = self.coordinates.logits(self._decoder, states, true_Q4[:, :3])
         loss_Q4 = F.cross_entropy(logits_Q4K.transpose(1, 2), true_Q4, reduction="none")
         return {"grounding": mean_over_all(loss_Q4 * self._weights(logits_Q4K, batch.box_Q4))}
 
@@ -324,9 +324,10 @@ class Grounding(ItemTask[Phrase, GroundingBatch]):
     @torch.no_grad()
     def predict(self, batch: GroundingBatch) -> list[Box]:
         """A box for each phrase, xyxy in pixels of its picture."""
-        fused = self.fuse(batch, batch.phrase, self._seen)
-        regression = self.config.locating == "regression"
-        box_Q4 = self.head(fused.pooled_BP) if regression else self._write(fused.states())
+        if self.config.locating == "regression":
+            box_Q4 = self.head(self.pool(batch, batch.phrase, self._seen))
+        else:
+            box_Q4 = self._write(self.fuse(batch, batch.phrase, self._seen).states())
         return [self._in_picture(box_4, place) for box_4, place in zip(box_Q4.cpu(), batch.places, strict=True)]
 
     def _in_picture(self, box_4: Tensor, place: Place) -> Box:

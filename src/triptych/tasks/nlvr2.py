@@ -33,7 +33,7 @@ from triptych.data.transforms import Transform
 from triptych.metrics.nlvr2 import consistency, sentence_group
 from triptych.models.heads import ClassifierHead
 from triptych.models.layers import Attention, init_weights
-from triptych.models.protocol import Encoded, Fused, Part, VisionLanguageModel
+from triptych.models.protocol import Encoded, Part, VisionLanguageModel
 from triptych.objectives.classification import class_indices, classification_loss
 from triptych.tasks.base import ItemBatch, ItemPipeline, ItemTask, Pipeline, Report, Shown, mean_credits, most_common
 
@@ -200,7 +200,7 @@ class Nlvr2(ItemTask[Statement, StatementBatch]):
     @property
     def uses(self) -> tuple[Part, ...]:
         shared: tuple[Part, ...] = ("image", "text", "fusion")
-        return (*shared, "fused_image") if self.config.variant == "biattention" else shared
+        return (*shared, "fused_image" if self.config.variant == "biattention" else "pooled")
 
     def _build_head(self, model: VisionLanguageModel) -> nn.Module:
         config = self.config
@@ -219,8 +219,8 @@ class Nlvr2(ItemTask[Statement, StatementBatch]):
         shown = pixels.shape[1] if pixels.dim() == 5 else 1
         if shown != self.config.pictures:
             raise ValueError(f"the records show {shown} pictures each, not {self.config.pictures}")
-        tokens = self.tokenizer.encode_batch([item.text for item in items], max_length=max_tokens, end=False)
-        return StatementBatch(pixels, picture_Q, Tokens(*tokens), class_indices(item.label for item in items))
+        tokens = self.tokens([item.text for item in items], max_tokens)
+        return StatementBatch(pixels, picture_Q, tokens, class_indices(item.label for item in items))
 
     def training_pipeline(self, transform: Transform, max_words: int, max_tokens: int) -> Pipeline:
         kind = SwappingPipeline if self.config.swap else ItemPipeline[Statement]
@@ -270,11 +270,14 @@ class Nlvr2(ItemTask[Statement, StatementBatch]):
             first, second = (image.rows(rows_Q) for rows_Q in rows_QS.unbind(1))
             fused = self.model.fuse_pair(first, second, statement, self.second_attention)
             return self.head(fused.pooled_BP).float()
-        passes = self._passes(image, statement, rows_QS)
+        # Every statement with each of its pictures, those of a statement under each other: S Q rows.
+        statement_QS = torch.arange(len(batch), device=rows_QS.device).repeat_interleave(rows_QS.shape[1])
+        passes = (image, statement.rows(statement_QS), rows_QS.flatten())
         if self.config.variant == "biattention":
-            first, second = (passes.rows(slice(side, None, 2)).states() for side in (0, 1))
+            fused = self.model.fuse(*passes)
+            first, second = (fused.rows(slice(side, None, 2)).states() for side in (0, 1))
             return self.head(first, second).float()
-        return self.head(passes.pooled_BP.reshape(len(batch), -1)).float()
+        return self.head(self.model.pool(*passes).reshape(len(batch), -1)).float()
 
     def _encode(self, batch: StatementBatch) -> Encoded:
         """All pictures, those of a record under each other: S B rows."""
@@ -288,8 +291,3 @@ class Nlvr2(ItemTask[Statement, StatementBatch]):
         types_B1D = self.picture_types.repeat(len(batch.pixels), 1).unsqueeze(1)
         levels = tuple(level_BND + types_B1D for level_BND in image.levels)
         return replace(image, hidden_BLD=image.hidden_BLD + types_B1D, levels=levels)
-
-    def _passes(self, image: Encoded, statement: Encoded, rows_QS: Tensor) -> Fused:
-        """Every statement with each of its pictures, those of a statement under each other: S Q rows."""
-        statement_QS = torch.arange(len(rows_QS), device=rows_QS.device).repeat_interleave(rows_QS.shape[1])
-        return self.model.fuse(image, statement.rows(statement_QS), rows_QS.flatten())

@@ -109,7 +109,7 @@ def encode_collection(
     texts, text_parts = [], []
     for start in range(0, len(text), config.batch):
         ids_BL, mask_BL = tokenizer.encode_batch(
-            text[start : start + config.batch], max_length=config.max_tokens, end=False
+            text[start : start + config.batch], max_length=config.max_tokens, end=model.ends_texts
         )
         encoded = model.encode_text(ids_BL.to(device), mask_BL.to(device))
         text_parts.append(model.embed_text(encoded).float().cpu())
@@ -210,8 +210,8 @@ def _match(
         used_texts, text_rows = torch.unique(flat_text[part], return_inverse=True)
         image = images.rows(used_images).to(device)
         text = texts.rows(used_texts).to(device).rows(text_rows.to(device))
-        fused = model.fuse(image, text, image_rows.to(device))
-        scores[part] = model.match_logits(fused)[:, 1].float().cpu()
+        pooled_BP = model.pool(image, text, image_rows.to(device))
+        scores[part] = model.match_logits(pooled_BP)[:, 1].float().cpu()
         matched(len(image_rows))
     return scores.view(image_XK.shape)
 

@@ -209,7 +209,7 @@ class VisualQuestionAnswering(ItemTask[Question, VqaBatch]):
     @property
     def uses(self) -> tuple[Part, ...]:
         shared: tuple[Part, ...] = ("image", "text", "fusion")
-        return shared if self.config.answering == "classify" else (*shared, "decoder")
+        return (*shared, "pooled" if self.config.answering == "classify" else "decoder")
 
     @classmethod
     def complete(cls, config: VqaConfig, records: Iterable[Record]) -> VqaConfig:
@@ -219,13 +219,13 @@ class VisualQuestionAnswering(ItemTask[Question, VqaBatch]):
         return ReadQuestions(self.tokenizer.special.eos, self.config.ocr, self.config.objects)
 
     def batch(self, pixels: Tensor, picture_Q: Tensor, items: Sequence[Question], *, max_tokens: int) -> VqaBatch:
-        question = self.tokenizer.encode_batch([item.text for item in items], max_length=max_tokens, end=False)
+        question = self.tokens([item.text for item in items], max_tokens)
         weights = [(row, answer, weight) for row, item in enumerate(items) for answer, weight in _merged(item).items()]
         rows, texts, values = zip(*weights, strict=True) if weights else ((), (), ())
         return VqaBatch(
             pixels,
             picture_Q,
-            Tokens(*question),
+            question,
             Tokens(*self.tokenizer.encode_batch(texts, max_length=None, end=True)),
             torch.tensor(rows, dtype=torch.long),
             torch.tensor(values, dtype=torch.float32),
@@ -237,13 +237,13 @@ class VisualQuestionAnswering(ItemTask[Question, VqaBatch]):
 
         Classification: binary cross-entropy of every class with its soft score, summed over classes.
         """
-        fused = self.fuse(batch, batch.question)
         if self.config.answering == "classify":
-            logits_QK = self.head(fused.pooled_BP).float()
+            logits_QK = self.head(self.pool(batch, batch.question)).float()
             loss_QK = F.binary_cross_entropy_with_logits(logits_QK, batch.target_QK, reduction="none")
             return {"vqa": mean_over_all(loss_QK.sum(1))}
         decoder = self.model.decoder
         assert decoder is not None
+        fused = self.fuse(batch, batch.question)
         memory = [own.select(batch.question_A) for own in decoder.remember(fused.states())]
         hidden_ALD = decoder(batch.answer.ids_BL[:, :-1], memory)
         next_AL = batch.answer.mask_BL[:, 1:]
@@ -257,9 +257,10 @@ class VisualQuestionAnswering(ItemTask[Question, VqaBatch]):
     @torch.no_grad()
     def predict(self, batch: VqaBatch) -> list[str]:
         """An answer for each question."""
-        fused = self.fuse(batch, batch.question)
         if self.config.answering == "classify":
-            return [self.config.answers[index] for index in self.head(fused.pooled_BP).argmax(1).tolist()]
+            best_Q = self.head(self.pool(batch, batch.question)).argmax(1)
+            return [self.config.answers[index] for index in best_Q.tolist()]
+        fused = self.fuse(batch, batch.question)
         decoder = self.model.decoder
         assert decoder is not None
         if self.config.answering == "generate":
