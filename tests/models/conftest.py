@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from triptych.models import build
+from triptych.models.bridgetower import BridgeTowerConfig
 from triptych.models.mplug import FusionKind, MPlugConfig
 from triptych.models.protocol import VisionLanguageModel
 from triptych.models.text import TextConfig
@@ -26,6 +27,8 @@ class Case:
     image_size: int = 32
     vocab: int = 61
     max_text: int = 24
+    beside: str | None = None
+    """A module that nothing of the protocol uses."""
 
 
 def mplug(fusion: FusionKind, vision_width: int) -> Case:
@@ -33,6 +36,14 @@ def mplug(fusion: FusionKind, vision_width: int) -> Case:
     text = TextConfig(vocab_size=61, width=32, heads=2, ffn=48, max_positions=24)
     sizes = {"text_layers": 2, "fusion_layers": 3, "decoder_layers": 2, "embed_dim": 16}
     return Case("mplug", MPlugConfig(vision, text, fusion=fusion, stride=2, **sizes))
+
+
+def bridgetower(**sizes: Any) -> Case:
+    vision = VisionConfig(32, layers=3, heads=2, patch=8, image_size=32, interpolation="bicubic")
+    text = TextConfig(vocab_size=61, width=32, heads=2, ffn=48, max_positions=26, layer_norm_eps=1e-5, first_position=2)
+    sizes = {"text_layers": 3, "fusion_layers": 2, "embed_dim": 16, "decoder_layers": 2, **sizes}
+    beside = "pair_embedding" if sizes.get("contrast") == "projected" else None
+    return Case("bridgetower", BridgeTowerConfig(vision, text, **sizes), beside=beside)
 
 
 def with_stem(case: Case) -> Case:
@@ -47,6 +58,13 @@ CASES = {
     "mplug-asymmetric": mplug("asymmetric", 32),
     "mplug-connected": mplug("connected", 32),
     "mplug-co_attention": mplug("co_attention", 32),
+    "bridgetower": bridgetower(),
+    "bridgetower-projected": bridgetower(contrast="projected"),
+    "bridgetower-gated": bridgetower(bridge="gated"),
+    "bridgetower-attention_ffn": bridgetower(bridge="attention_ffn", fusion_layers=3),
+    "bridgetower-half-bridged": bridgetower(bridged_layers=2, fusion_layers=3),
+    "meter": bridgetower(bridged_layers=0),
+    "meter-gathering": bridgetower(bridged_layers=0, gather_layers=True),
 }
 
 FIRST = {case.model_type: case for case in reversed(CASES.values())}

@@ -170,10 +170,10 @@ def test_shapes(model: VisionLanguageModel, case: Any, inputs: Inputs) -> None:
     assert 0 < model.temperature.item() < 1
 
 
-def test_backward_reaches_every_parameter(model: VisionLanguageModel, inputs: Inputs) -> None:
+def test_backward_reaches_every_parameter(case: Any, model: VisionLanguageModel, inputs: Inputs) -> None:
     out = run(model, inputs)
     grads = gradients(model, out.scalar() + (out.image_BE @ out.text_BE.T / model.temperature).diagonal().sum())
-    assert set(grads) == {name for name, _ in model.named_parameters()}
+    assert set(grads) == {name for name, _ in model.named_parameters() if name.partition(".")[0] != case.beside}
     assert all(grad.isfinite().all() for grad in grads.values())
     zero = [name for name, grad in grads.items() if not grad.any()]
     assert zero == []
@@ -203,17 +203,19 @@ def test_every_head_teaches_the_encoders(model: VisionLanguageModel, inputs: Inp
         assert reached == expected, name
 
 
-def test_parts_divide_the_parameters(model: VisionLanguageModel) -> None:
+def test_parts_divide_the_parameters(case: Any, model: VisionLanguageModel) -> None:
     """Every parameter is in one part, and a part can be trained without the others."""
     of_attribute = {name: part for part, names in model.parts.items() for name in names}
     assert len(of_attribute) == sum(len(names) for names in model.parts.values())
     assert set(of_attribute) <= {name for name, _ in model.named_children()} | {"temperature"}
-    owners = {name: of_attribute[name.partition(".")[0]] for name, _ in model.named_parameters()}
+    attributes = {name: name.partition(".")[0] for name, _ in model.named_parameters()}
+    owners = {name: of_attribute.get(attribute, "none") for name, attribute in attributes.items()}
+    assert {attributes[name] for name, owner in owners.items() if owner == "none"} == {case.beside} - {None}
     for part in model.parts:
         model.train_only(part)
         assert {owners[name] for name, p in model.named_parameters() if p.requires_grad} == {part}
     model.train_only(*model.parts)
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(p.requires_grad for name, p in model.named_parameters() if owners[name] != "none")
     model.train_only("fusion", "fused_image")
     assert {owners[name] for name, p in model.named_parameters() if p.requires_grad} == {"fusion"}
     assert all(p.requires_grad for name, p in model.named_parameters() if owners[name] == "fusion")
@@ -241,7 +243,7 @@ def test_who_reads_fused_images_trains_what_makes_them(model: VisionLanguageMode
 
 def test_a_part_trained_alone_is_all_that_its_work_needs(model: VisionLanguageModel, inputs: Inputs) -> None:
     """Otherwise a process would wait for gradients that never come."""
-    model.train_only("image", "text", "fusion", "embedding", "matching")
+    model.train_only("image", "text", "fusion", "pooled", "embedding", "matching")
     image, text = model.encode_image(inputs.pixels_BCHW), model.encode_text(inputs.ids_BL, inputs.mask_BL)
     scale = (model.embed_image(image) @ model.embed_text(text).T / model.temperature).logsumexp(1)
     loss = scale.sum() + model.match_logits(model.pool(image, text)).square().sum()
@@ -460,7 +462,9 @@ def test_other_resolutions(size: tuple[int, int], model: VisionLanguageModel, ca
     out = run(model, dataclasses.replace(inputs, pixels_BCHW=pixels_BCHW))
     N = (size[0] // case.patch) * (size[1] // case.patch) + 1
     assert out.image.hidden_BLD.shape[1] == out.fused.image_BND.shape[1] == N
-    assert set(gradients(model, out.scalar())) == {name for name, _ in model.named_parameters()} - {"temperature"}
+    unused = ("temperature", case.beside)
+    used = {name for name, _ in model.named_parameters() if name.partition(".")[0] not in unused}
+    assert set(gradients(model, out.scalar())) == used
 
 
 def test_images_that_do_not_fit_the_patches_are_refused(model: VisionLanguageModel, case: Any) -> None:
@@ -537,8 +541,9 @@ def test_a_clip_is_its_frames_one_after_the_other(model: VisionLanguageModel, in
 
 def test_a_clip_is_embedded_as_the_mean_of_its_frames(model: VisionLanguageModel, inputs: Inputs) -> None:
     frames_BFCHW = torch.stack([inputs.pixels_BCHW, inputs.pixels_BCHW.flip(0)], dim=1)
-    means = [model.encode_image(frames_BFCHW[:, number]).hidden_BLD for number in range(2)]
-    expected_BE = model.embed_picture(Encoded((means[0] + means[1]) / 2))
+    first, second = (model.encode_image(frames_BFCHW[:, number]) for number in range(2))
+    levels = tuple((a + b) / 2 for a, b in zip(first.levels, second.levels, strict=True))
+    expected_BE = model.embed_picture(Encoded((first.hidden_BLD + second.hidden_BLD) / 2, None, levels))
     torch.testing.assert_close(model.embed_image(model.encode_image(frames_BFCHW)), expected_BE)
     still_BFCHW = inputs.pixels_BCHW[:, None].expand(-1, 4, -1, -1, -1)
     once = model.embed_image(model.encode_image(inputs.pixels_BCHW))

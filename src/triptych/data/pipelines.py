@@ -41,7 +41,8 @@ class ImageTextPipeline:
     """Pictures with one of their captions.
 
     Args:
-        end: whether texts end with ``[SEP]`` (a caption to generate does, a text to encode does not).
+        end: whether texts end with the end token (a caption to generate does; a text to encode does where the model's
+            ``ends_texts`` says so).
         prompt: put before every caption.
         clean: strip punctuation as for texts to encode (``pre_caption``); captions to generate are only lower-cased
             (caption_mplug.py).
@@ -97,9 +98,9 @@ class PretrainingPipeline(ImageTextPipeline):
         halves = [self.split(text, example.uniform) for text, example in zip(whole, examples, strict=True)]
         return PretrainingBatch(
             _pixels(examples),
-            self.tokens(whole, end=False),
+            self.tokens(whole, self.end),
             _ids(examples),
-            self.tokens([prefix for prefix, _ in halves], end=False),
+            self.tokens([prefix for prefix, _ in halves], self.end),
             self.tokens([target for _, target in halves], end=True),
         )
 

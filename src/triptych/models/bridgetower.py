@@ -289,8 +289,10 @@ class BridgedFusion(nn.Module):
         for number, layer in enumerate(self.layers):
             if 0 < number < self.bridged:
                 own_BND = image.levels[number] if image_rows_B is None else image.levels[number][image_rows_B]
-                image_BND = self.image_bridges[number - 1](image_BND, own_BND, image_mask_BN)
-                text_BLD = self.text_bridges[number - 1](text_BLD, text.levels[number], text.mask_BL)
+                bridge, kept = self.image_bridges[number - 1], self.checkpointing
+                image_BND = run_block(bridge, image_BND, own_BND, image_mask_BN, checkpointing=kept)
+                bridge = self.text_bridges[number - 1]
+                text_BLD = run_block(bridge, text_BLD, text.levels[number], text.mask_BL, checkpointing=kept)
             image_BND, text_BLD = run_block(
                 layer,
                 Encoded(image_BND, image_mask_BN),
@@ -326,7 +328,7 @@ class BridgeTower(VisionLanguageModel):
         "fusion": ("image_projection", "text_projection", "fusion"),
         "pooled": ("image_pooler", "text_pooler"),
         "embedding": ("image_embedding", "text_embedding", "temperature"),
-        "matching": ("image_pooler", "text_pooler", "match_head"),
+        "matching": ("match_head",),
         "masked": ("masked_head",),
         "decoder": ("decoder",),
     }
@@ -371,6 +373,13 @@ class BridgeTower(VisionLanguageModel):
     def resize_images(self, image_size: int) -> None:
         self.vision.resize(image_size)
         self.config = replace(self.config, vision=self.vision.config)
+
+    def add_decoder(self, layers: int) -> None:
+        if self.decoder is not None:
+            raise ValueError("this bridgetower has a decoder")
+        self.decoder = TextDecoder(self.config.text, layers).to(self.temperature.device)
+        self.decoder.start_from(self.text)
+        self.config = replace(self.config, decoder_layers=layers)
 
     def encode_picture(self, pixels_BCHW: Tensor) -> Encoded:
         """[B, 3, H, W] normalised pixels to the last states [B, N, D] and the projected levels.

@@ -132,7 +132,7 @@ class Fused:
 
 Part = Literal["image", "text", "fusion", "fused_image", "pooled", "embedding", "matching", "masked", "decoder"]
 """A use of a model. ``fused_image``: a head of a task's own reads :attr:`Fused.image_BND`, as decoders do; ``pooled``:
-one reads :attr:`Fused.pooled_BP`, as matching does."""
+one reads :attr:`Fused.pooled_BP`, as matching does too."""
 
 
 class VisionLanguageModel(nn.Module, ABC):
@@ -167,6 +167,14 @@ class VisionLanguageModel(nn.Module, ABC):
     @abstractmethod
     def resize_images(self, image_size: int) -> None:
         """Interpolate the position table once and for all, for training at another resolution."""
+
+    def add_decoder(self, layers: int) -> None:
+        """Give a model that has none a decoder, which starts from its text encoder.
+
+        Raises:
+            ValueError: it has one, or cannot have one.
+        """
+        raise ValueError(f"this {self.model_type} cannot be given a decoder")
 
     @abstractmethod
     def encode_picture(self, pixels_BCHW: Tensor) -> Encoded:

@@ -215,6 +215,16 @@ class TextDecoder(nn.Module):
         self.checkpointing = False
         init_weights(self, config.width)
 
+    @torch.no_grad()
+    def start_from(self, encoder: TextEncoder) -> None:
+        """Take over an encoder's embeddings and its lowest layers; cross-attention and head stay as they are.
+
+        As mPLUG's decoder starts from BERT (paper section 5.1).
+        """
+        self.embeddings.load_state_dict(encoder.embeddings.state_dict())
+        for own, block in zip(self.blocks, encoder.blocks, strict=False):
+            own.load_state_dict(block.state_dict(), strict=False)
+
     def forward(
         self,
         ids_BL: Tensor,

@@ -110,7 +110,7 @@ class Alignment(nn.Module):
         seed: of the hard negatives, which depend on (seed, step) alone.
     """
 
-    uses: ClassVar[tuple[Part, ...]] = ("image", "text", "fusion", "embedding", "matching")
+    uses: ClassVar[tuple[Part, ...]] = ("image", "text", "fusion", "pooled", "embedding", "matching")
     _mean: Tensor
     _std: Tensor
 

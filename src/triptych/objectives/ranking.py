@@ -49,7 +49,7 @@ class TextRanking(nn.Module):
         seed: of the false texts, which depend on (seed, step) alone.
     """
 
-    uses: ClassVar[tuple[Part, ...]] = ("image", "text", "fusion", "matching")
+    uses: ClassVar[tuple[Part, ...]] = ("image", "text", "fusion", "pooled", "matching")
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ from triptych.data.samples import all_texts, pre_caption
 from triptych.data.sources import Source, open_source
 from triptych.data.tokenizers import Tokenizer, train_wordpiece, wordpiece_from_vocab
 from triptych.data.transforms import Preprocessing
-from triptych.models.mplug import MPlug, MPlugConfig
+from triptych.models import MODELS, ModelConfig, build, model_type_of
 from triptych.models.protocol import VisionLanguageModel
 from triptych.objectives.alignment import Alignment, AlignmentConfig
 from triptych.objectives.prefix_language import split_prefix
@@ -97,7 +97,7 @@ class Recipe:
 
     name: str
     objective: PretrainingConfig | AlignmentConfig | RankingConfig | TaskConfig
-    model: MPlugConfig
+    model: ModelConfig
     data: DataConfig
     train: TrainConfig
     optim: OptimConfig
@@ -227,11 +227,13 @@ def _build_model(
     """The model, its tokenizer, and the whole checkpoint it starts from, if it is one."""
     torch.manual_seed(recipe.train.seed)
     size = recipe.data.preprocessing.image_size
-    if len(recipe.start) == 1 and (loaded := load(recipe.start[0])).model_type == MPlug.model_type:
+    if len(recipe.start) == 1 and (loaded := load(recipe.start[0])).model_type in MODELS:
         if loaded.tokenizer is None:
             raise ValueError(f"{recipe.start[0]} has no tokenizer.json: convert it again with --vocab")
-        assert isinstance(loaded.model, MPlug)
+        assert isinstance(loaded.model, VisionLanguageModel)
         loaded.model.resize_images(size)
+        if loaded.model.decoder is None and recipe.model.decoder_layers:
+            loaded.model.add_decoder(recipe.model.decoder_layers)
         return loaded.model, loaded.tokenizer, loaded
     tokenizer = _tokenizer(recipe, source, folder, process)
     config = replace(
@@ -239,7 +241,7 @@ def _build_model(
         text=replace(recipe.model.text, vocab_size=tokenizer.vocab_size),
         vision=replace(recipe.model.vision, image_size=size),
     )
-    model = MPlug(config)
+    model = build(model_type_of(config), config)
     if recipe.start:
         initialise(model, *recipe.start)
     return model, tokenizer, None
@@ -353,10 +355,19 @@ def _pipeline(recipe: Recipe, task: nn.Module, tokenizer: Tokenizer) -> Pipeline
             transform,
             data.max_words,
             data.max_tokens,
+            end=task.model.ends_texts,
             frames=data.preprocessing.frames,
             split=split_prefix,
         )
-    return ImageTextPipeline(tokenizer, transform, data.max_words, data.max_tokens, frames=data.preprocessing.frames)
+    assert isinstance(task, Alignment | TextRanking)
+    return ImageTextPipeline(
+        tokenizer,
+        transform,
+        data.max_words,
+        data.max_tokens,
+        end=task.model.ends_texts,
+        frames=data.preprocessing.frames,
+    )
 
 
 def evaluate_model(
