@@ -59,6 +59,16 @@ def test_every_task_is_trained(finished: Path) -> None:
         assert TRIALS[name].task in (loaded.task or {})
 
 
+def test_the_other_network_does_every_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shapes_demo, "QUICK", TINY)
+    assert demo.main(["--folder", str(tmp_path), "--model", "bridgetower", "--quick", "--tasks", "all"]) == 0
+    assert scores(tmp_path).keys() == TRIALS.keys()
+    loaded = load(tmp_path / "vqa" / "model")
+    assert loaded.model_type == "bridgetower"
+    assert loaded.task is not None
+    assert loaded.task["vqa"]["answering"] == "classify"
+
+
 def test_every_training_starts_from_what_its_trial_says(finished: Path) -> None:
     for name in TRAINED:
         start = finished / TRIALS[name].start / "model"

@@ -1,4 +1,4 @@
-"""What ``make demo`` runs: pre-train a small mPLUG on the built-in world, fine-tune it for captions, and report.
+"""What ``make demo`` runs: pre-train a small network on the built-in world, fine-tune it for captions, and report.
 
 Everything is kept in one folder, and the same command goes on where it was interrupted:
 
@@ -21,6 +21,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,10 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
         prog="python -m triptych.demo",
-        description="Pre-train a small mPLUG on the built-in world, evaluate it, and write a report. "
+        description="Pre-train a small network on the built-in world, evaluate it, and write a report. "
         "The same command goes on where an interrupted one stopped.",
     )
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything is kept (default: demo)")
+    parser.add_argument("--model", choices=("mplug", "bridgetower"), default="mplug", help="the network")
     parser.add_argument("--quick", action="store_true", help="a smoke test of about a minute that teaches nothing")
     parser.add_argument(
         "--tasks",
@@ -51,17 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say("a smoke test: everything runs once, but so few steps teach the model nothing")
     try:
         command = shlex.join(["python", "-m", "triptych.demo", *arguments])
-        return _run(given.folder, given.quick, given.tasks == "all", command)
+        return _run(given.folder, given.model, given.quick, given.tasks == "all", command)
     except KeyboardInterrupt:
         _say("\nstopped; the same command goes on from here")
         return 130
 
 
-def _run(folder: Path, quick: bool, tasks: bool, command: str) -> int:
+def _run(folder: Path, model: str, quick: bool, tasks: bool, command: str) -> int:
     from triptych import shapes_demo
     from triptych.training.loop import TrainingStopped
 
-    config = shapes_demo.QUICK if quick else shapes_demo.DemoConfig()
+    config = replace(shapes_demo.QUICK if quick else shapes_demo.DemoConfig(), model=model)
     try:
         evaluations = shapes_demo.run_demo(folder, config, command)
     except (ValueError, OSError, TrainingStopped) as error:

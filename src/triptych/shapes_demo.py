@@ -1,4 +1,4 @@
-"""The steps of the demo: the Shapes world, a small mPLUG pre-trained on it and fine-tuned for captions, and a report.
+"""The steps of the demo: the Shapes world, a small network pre-trained on it and fine-tuned for captions, and a report.
 
 ``triptych.demo`` is the command. Every step leaves what is done already as it is.
 """
@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from triptych.data.sources import open_source
 from triptych.metrics.captions import score_captions
 from triptych.predict import Predictor
 from triptych.progress import progress
-from triptych.recipes.shapes import caption_shapes_tiny, shapes_tiny
+from triptych.recipes.shapes import caption_shapes_tiny, shapes_tiny, shapes_tiny_bridgetower
 from triptych.report import Captioned, Column, Figure, PictureSearch, Rows, Section, TextSearch
 from triptych.tasks.captioning import CaptionReport, evaluate_captions
 from triptych.tasks.retrieval import RetrievalReport, encode_collection, evaluate_retrieval, pairs_to_match
@@ -41,11 +41,19 @@ _SHOWN, _SHOWN_QUERIES, _SHOWN_MAPS, _FOUND = 12, 4, 2, 5
 _KS = (1, 5, 10)
 
 
+NETWORKS: Mapping[str, tuple[str, Callable[[], Recipe]]] = {
+    "mplug": ("mPLUG", shapes_tiny),
+    "bridgetower": ("BridgeTower", shapes_tiny_bridgetower),
+}
+"""Name for people, and pre-training, of each network that the demo can train."""
+
+
 @dataclass(frozen=True)
 class DemoConfig:
     """How large the demo is.
 
     Attributes:
+        model: which of :data:`NETWORKS`.
         train: training scenes.
         test, compositions: scenes to evaluate on, no two of a split with the same first caption.
         max_objects: scenes have 1 to so many.
@@ -53,6 +61,7 @@ class DemoConfig:
         quick: too small to learn anything; only a test that everything runs.
     """
 
+    model: str = "mplug"
     train: int = 20_000
     test: int = 500
     compositions: int = 500
@@ -61,8 +70,8 @@ class DemoConfig:
     quick: bool = False
 
     def pretraining(self) -> Recipe:
-        """``shapes_tiny``, with fewer steps where the demo has fewer."""
-        return self.shortened(shapes_tiny())
+        """The network's, with fewer steps where the demo has fewer."""
+        return self.shortened(NETWORKS[self.model][1]())
 
     def captioning(self) -> Recipe:
         """``caption_shapes_tiny``, likewise."""
@@ -380,8 +389,9 @@ def compose_report(
         *rest,
         report.Commands("Commands", (("This report:", command), *next_steps(folder))),
     ]
+    millions = sum(p.numel() for p in matcher.model.parameters()) / 1e6
     lead = (
-        f"mPLUG with {sum(p.numel() for p in matcher.model.parameters()) / 1e6:.1f} million parameters, pre-trained "
+        f"{NETWORKS[config.model][0]} with {millions:.1f} million parameters, pre-trained "
         f"from nothing for {_length(pretraining)} on {config.train:,} generated scenes, then fine-tuned for captions "
         f"for {_length(captioning)}. Retrieval and attention are of the pre-trained network, captions of the "
         "fine-tuned. No test scene has a set of objects that training shows; each scene of "

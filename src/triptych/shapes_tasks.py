@@ -29,7 +29,7 @@ from triptych.metrics.boxes import paired_iou
 from triptych.predict import Predictor
 from triptych.recipes import shapes as shapes_recipes
 from triptych.report import Captioned, Column, Rows, Section
-from triptych.shapes_demo import DemoConfig, claim, exact_share, names_exactly
+from triptych.shapes_demo import NETWORKS, DemoConfig, claim, exact_share, names_exactly
 from triptych.tasks.comparison import compare
 from triptych.training.parallel import autocast, process_group
 from triptych.training.runs import Recipe, run_recipe
@@ -139,17 +139,25 @@ TRIALS: Mapping[str, Trial] = {
 }
 
 
+def trials(config: DemoConfig) -> Mapping[str, Trial]:
+    """The table; a BridgeTower chooses its answers, as its paper does."""
+    if config.model != "bridgetower":
+        return TRIALS
+    return {**TRIALS, "vqa": replace(TRIALS["vqa"], recipe=shapes_recipes.vqa_shapes_tiny_classify)}
+
+
 def run_tasks(folder: Path, config: DemoConfig) -> bool:
     """Do or go on with all of it in the folder of the first part; False if a signal stopped it."""
     data = folder / "data"
-    trainings = {name: trial.recipe for name, trial in TRIALS.items()}
+    table = trials(config)
+    trainings = {name: trial.recipe for name, trial in table.items()}
     recipes = {name: asdict(config.shortened(recipe())) for name, recipe in trainings.items() if recipe is not None}
     claim(folder / "tasks-demo.json", recipes)
     write_data(data, config)
     models = {name: folder / name / "model" for name in ("pretraining", "captioning")}
     path = folder / "tasks.json"
     done: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for name, trial in TRIALS.items():
+    for name, trial in table.items():
         start = models[trial.start]
         model = start if trial.recipe is None else _train(name, trial, start, folder, config)
         if model is None:
@@ -159,7 +167,7 @@ def run_tasks(folder: Path, config: DemoConfig) -> bool:
             done[name] = _evaluate(trial, model, data)
             path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
     print_table(done)
-    write_page(folder, done, models)
+    write_page(folder, done, models, config)
     return True
 
 
@@ -256,7 +264,10 @@ def _table_rows(done: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, tu
 # --- the page ----------------------------------------------------------------------------------------------------
 
 
-def write_page(folder: Path, done: Mapping[str, Mapping[str, Any]], models: Mapping[str, Path]) -> Path:
+def write_page(
+    folder: Path, done: Mapping[str, Mapping[str, Any]], models: Mapping[str, Path], config: DemoConfig
+) -> Path:
+    """Write tasks.html."""
     data = folder / "data"
     records = [record for _, record in zip(range(_SHOWN), open_source(str(data / "test-*.tar")), strict=False)]
     columns = (Column("model"), Column("blind", muted=True), Column("majority", muted=True), Column("asked for"))
@@ -284,7 +295,8 @@ def write_page(folder: Path, done: Mapping[str, Mapping[str, Any]], models: Mapp
             "The last frame, and what a model says that has seen images alone; right where it names all objects.",
         ),
     ]
-    lead = "Every downstream task on the built-in world, fine-tuned from one pre-trained mPLUG."
+    network = NETWORKS[config.model][0]
+    lead = f"Every downstream task on the built-in world, fine-tuned from one pre-trained {network}."
     return report.write_report(folder / "tasks.html", "Downstream tasks on Shapes", sections, lead=lead)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from triptych.data.transforms import HALF, Preprocessing
 from triptych.generation import BeamSearch
-from triptych.models.mplug import SIZES
+from triptych.models import MODELS
 from triptych.objectives.alignment import AlignmentConfig
 from triptych.objectives.pretraining import PretrainingConfig
 from triptych.objectives.ranking import RankingConfig
@@ -36,7 +36,7 @@ def shapes_tiny() -> Recipe:
         name="shapes_tiny",
         # Soft targets (alpha > 0) slow learning down at this size: measured.
         objective=PretrainingConfig(queue_size=2048, momentum=0.99, alpha=0.0, distill_language=False),
-        model=SIZES["tiny"],
+        model=MODELS["mplug"].sizes["tiny"],
         data=DataConfig(
             preprocessing=Preprocessing(48, HALF, HALF),
             scale=None,
@@ -53,6 +53,16 @@ def shapes_tiny() -> Recipe:
         retrieval=RetrievalConfig(candidates=16, max_words=_WORDS, max_tokens=_WORDS + 2),
         captioning=CaptioningConfig(context="fused", search=BeamSearch(1, 1, _WORDS + 2)),
     )
+
+
+def shapes_tiny_bridgetower() -> Recipe:
+    """BridgeTower-tiny, with a decoder, pre-trained as :func:`shapes_tiny`.
+
+    Command: ``python -m triptych.demo --model bridgetower``, or that of :func:`shapes_tiny` with this recipe's name.
+    Its paper pre-trains without ITC and PrefixLM; with the same objectives the two networks can be compared, and
+    BridgeTower can write.
+    """
+    return replace(shapes_tiny(), name="shapes_tiny_bridgetower", model=MODELS["bridgetower"].sizes["tiny"])
 
 
 def _finetuning(name: str, objective: TaskConfig | AlignmentConfig | RankingConfig, steps: int) -> Recipe:
@@ -106,6 +116,11 @@ def retrieval_itm_shapes_tiny() -> Recipe:
 def vqa_shapes_tiny() -> Recipe:
     """Questions answered freely, four of a picture in a step, starting from :func:`shapes_tiny`; four minutes."""
     return _finetuning("vqa_shapes_tiny", VqaConfig(per_picture=4, search=BeamSearch(1, 1, 8)), 900)
+
+
+def vqa_shapes_tiny_classify() -> Recipe:
+    """Questions answered with one of the training data's answers, as BridgeTower does; otherwise as above."""
+    return _finetuning("vqa_shapes_tiny_classify", VqaConfig(answering="classify", per_picture=4), 900)
 
 
 def grounding_shapes_tiny() -> Recipe:
