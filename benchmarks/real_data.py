@@ -2,12 +2,14 @@
 
     python benchmarks/real_data.py --data DATA --models runs --folder runs/real > benchmarks/results/real_data.json
     python benchmarks/real_data.py ... --only easy_vqa snli_ve
+    python benchmarks/real_data.py ... --network bridgetower --models runs/bridgetower --folder runs/real-bridgetower
 
 DATA has the folders flickr8k, easy_vqa, daquar, snli_ve, nlvr, coco_mini and video; MODELS has the runs of
 ``docs/flickr8k.md``: flickr8k, flickr8k-caption, flickr8k-retrieval and flickr8k-itm, and as shapes the demo's
-pretraining. Lists in our own format are written under ``--folder/lists``; each training is a run under ``--folder``,
-and what is done is not done again. Tests are paired: McNemar's where an item is right or wrong, the bootstrap
-elsewhere, against the same model shown grey pictures.
+pretraining. What trains from nothing is mPLUG-tiny, or the --network of that size; a BridgeTower chooses its answers,
+as in its paper. Lists in our own format are written under ``--folder/lists``; each training is a run under
+``--folder``, and what is done is not done again. Tests are paired: McNemar's where an item is right or wrong, the
+bootstrap elsewhere, against the same model shown grey pictures.
 
 Splits: easy_vqa and NLVR have their own; DAQUAR's images, SNLI-VE's photographs and those of NLVR's boxes are divided
 by a hash of their names, so that no picture is on both sides. SNLI-VE has five folds, since it has 205 photographs;
@@ -30,10 +32,12 @@ import torch
 from common import surroundings
 from triptych.ask import ask
 from triptych.data.sources import open_source
+from triptych.models import MODELS
 from triptych.predict import Predictor
 from triptych.recipes import small, unimodal
 from triptych.tasks.comparison import Comparison, compare, paired_test
 from triptych.tasks.registry import task_for
+from triptych.tasks.vqa import VqaConfig
 from triptych.training.parallel import autocast
 from triptych.training.runs import Recipe, run_recipe
 
@@ -184,9 +188,17 @@ TRIALS = {
 }
 
 
-def run(name: str, trial: Trial, data: Path, models: Path, folder: Path) -> Row:
+def of_network(recipe: Recipe, network: str) -> Recipe:
+    """A recipe for another network than mPLUG, which the recipes are for."""
+    if network == "mplug":
+        return recipe
+    if isinstance(recipe.objective, VqaConfig):
+        recipe = replace(recipe, objective=replace(recipe.objective, answering="classify"))
+    return replace(recipe, model=MODELS[network].sizes["tiny"])
+
+
+def run(name: str, trial: Trial, recipe: Recipe, data: Path, models: Path, folder: Path) -> Row:
     """Train every fold, if that is not done, and compare."""
-    recipe = trial.recipe()
     found = []
     for fold in range(trial.folds):
         own = name if trial.folds == 1 else f"{name}-{fold}"
@@ -199,7 +211,9 @@ def run(name: str, trial: Trial, data: Path, models: Path, folder: Path) -> Row:
         with autocast(predictor.device, predictor.precision):
             found.append(compare(task, open_source(test), open_source(train)))
     sizes = {side: sum(1 for _ in open_source(place)) for side, place in (("train", train), ("test", test))}
-    result = {"records": sizes, "recipe": recipe.name, "steps": recipe.train.steps, "start": trial.start}
+    network = predictor.model.model_type
+    result = {"records": sizes, "network": network, "recipe": recipe.name, "steps": recipe.train.steps}
+    result["start"] = trial.start
     if trial.task == "caption":  # what the model could do before
         before = Predictor.load(models / str(trial.start) / "model")
         with autocast(before.device, before.precision):
@@ -225,13 +239,13 @@ def together(found: list[Comparison]) -> Row:
     }
 
 
-def once(name: str, trial: Trial, data: Path, models: Path, folder: Path) -> Row:
+def once(name: str, trial: Trial, network: str, data: Path, models: Path, folder: Path) -> Row:
     """The result that is there, or a new one."""
-    path = folder / f"{name}.json"
-    settings = json.loads(json.dumps({"recipe": asdict(trial.recipe()), "start": trial.start, "folds": trial.folds}))
+    path, recipe = folder / f"{name}.json", of_network(trial.recipe(), network)
+    settings = json.loads(json.dumps({"recipe": asdict(recipe), "start": trial.start, "folds": trial.folds}))
     done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if done.get("settings") != settings:  # a run of other settings is refused when it is taken up
-        done = {"settings": settings, "result": run(name, trial, data, models, folder)}
+        done = {"settings": settings, "result": run(name, trial, recipe, data, models, folder)}
         path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
     return done["result"]
 
@@ -279,6 +293,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--network", choices=sorted(MODELS), default="mplug")
     parser.add_argument("--only", nargs="+", choices=[*TRIALS, "video"], default=[*TRIALS, "video"])
     given = parser.parse_args()
     torch.manual_seed(0)
@@ -287,7 +302,7 @@ def main() -> None:
         if name == "video":
             results[name] = videos(given.data, given.models)
         else:
-            results[name] = once(name, TRIALS[name], given.data.resolve(), given.models, given.folder)
+            results[name] = once(name, TRIALS[name], given.network, given.data.resolve(), given.models, given.folder)
         print(json.dumps({name: results[name]}), file=sys.stderr)
     json.dump({"environment": surroundings(), "results": results}, sys.stdout, indent=1)
     sys.stdout.write("\n")

@@ -438,21 +438,30 @@ _LARGE_VISION = VisionConfig(width=1024, layers=24, heads=16, patch=14, image_si
 _TINY_VISION = VisionConfig(
     width=128, layers=4, heads=2, patch=16, image_size=48, stem="convolution", interpolation="bicubic"
 )
-_TINY_TEXT = TextConfig(
-    vocab_size=256,
-    width=128,
-    heads=2,
-    ffn=512,
-    max_positions=64,
+_SMALL_TEXT = TextConfig(
+    vocab_size=4096,
+    width=256,
+    heads=4,
+    ffn=1024,
+    max_positions=128,
     dropout=0.0,
     attention_dropout=0.0,
-    activation="quick_gelu",  # as mPLUG's tiny size: on a CPU GELU takes longer
+    activation="quick_gelu",  # as mPLUG's small sizes: on a CPU GELU takes longer
 )
+_TINY_TEXT = replace(_SMALL_TEXT, vocab_size=256, width=128, heads=2, ffn=512, max_positions=64)
 
 SIZES: dict[str, BridgeTowerConfig] = {
     "tiny": BridgeTowerConfig(_TINY_VISION, _TINY_TEXT, text_layers=3, fusion_layers=3, embed_dim=64, decoder_layers=2),
+    "small": BridgeTowerConfig(
+        replace(_TINY_VISION, width=256, heads=4, image_size=96),
+        _SMALL_TEXT,
+        text_layers=3,
+        fusion_layers=3,
+        embed_dim=128,
+        decoder_layers=2,
+    ),
     "base": BridgeTowerConfig(_BASE_VISION),
     "large": BridgeTowerConfig(_LARGE_VISION, replace(ROBERTA, width=1024, heads=16, ffn=4096), text_layers=24),
 }
-"""Published sizes (``base``: CLIP-ViT-B/16 and roberta-base; ``large``: ViT-L/14 and roberta-large), and one that
-trains on a CPU, with a decoder."""
+"""Published sizes (``base``: CLIP-ViT-B/16 and roberta-base; ``large``: ViT-L/14 and roberta-large), and two
+that train on a CPU, with a decoder."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from triptych.data.transforms import Preprocessing
 from triptych.generation import BeamSearch
-from triptych.models.mplug import SIZES
+from triptych.models import MODELS
 from triptych.objectives.alignment import AlignmentConfig
 from triptych.objectives.pretraining import PretrainingConfig
 from triptych.objectives.ranking import RankingConfig
@@ -29,7 +29,7 @@ def flickr8k() -> Recipe:
         # No teacher: a batch of 128 contrasted with itself learns faster than one of 64 with a teacher and a queue (ITC
         # alone, 16,000 samples: text-to-image R@10 4.6 against 3.4 %).
         objective=PretrainingConfig(queue_size=0, momentum=None, alpha=0.0, distill_language=False),
-        model=SIZES["small"],
+        model=MODELS["mplug"].sizes["small"],
         data=DataConfig(
             preprocessing=Preprocessing(96), scale=(0.4, 1.0), max_words=24, max_tokens=28, evaluate_limit=200
         ),
@@ -41,6 +41,11 @@ def flickr8k() -> Recipe:
         retrieval=RetrievalConfig(candidates=0, max_words=24, max_tokens=28),
         captioning=CaptioningConfig(context="fused", search=BeamSearch(3, 4, 20)),
     )
+
+
+def flickr8k_bridgetower() -> Recipe:
+    """BridgeTower-small, with a decoder, pre-trained as :func:`flickr8k`."""
+    return replace(flickr8k(), name="flickr8k_bridgetower", model=MODELS["bridgetower"].sizes["small"])
 
 
 def caption_flickr8k() -> Recipe:
