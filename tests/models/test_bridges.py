@@ -230,6 +230,17 @@ def test_the_pooled_state_alone_is_that_of_fusing() -> None:
     assert tokens == [1]
 
 
+def test_the_text_states_alone_are_those_of_fusing() -> None:
+    model = build()
+    pixels_BCHW, ids_BL, mask_BL = inputs()
+    image, text, rows_B = model.encode_image(pixels_BCHW), model.encode_text(ids_BL, mask_BL), torch.tensor([1, 1])
+    expected_BLD = model.fuse(image, text, rows_B).text_BLD
+    ran: list[int] = []
+    model.fusion.layers[-1].image_block.ffn.register_forward_hook(lambda m, given, out: ran.append(1))
+    torch.testing.assert_close(model.fuse_text(image, text, rows_B), expected_BLD)
+    assert not ran
+
+
 def test_the_lowest_layer_looks_at_each_image_once() -> None:
     model = build()
     pixels_BCHW, ids_BL, mask_BL = inputs()

@@ -37,6 +37,7 @@ BridgeKind = Literal[
     "interpolate",
 ]
 Contrast = Literal["encoders", "projected"]
+Wanted = Literal["all", "text", "first"]
 
 ROBERTA = TextConfig(vocab_size=50265, max_positions=514, layer_norm_eps=1e-5, first_position=2)
 """Sizes of roberta-base."""
@@ -281,9 +282,12 @@ class BridgedFusion(nn.Module):
                 nn.init.zeros_(bridge.both.weight)
 
     def forward(
-        self, image: Encoded, text: Encoded, image_rows_B: Tensor | None, *, first: bool = False
+        self, image: Encoded, text: Encoded, image_rows_B: Tensor | None, *, wanted: Wanted = "all"
     ) -> tuple[Tensor, Tensor]:
-        """Image and text states after the last layer; ``first`` computes token 0 alone, [B, 1, D]."""
+        """Image and text states after the last layer, of which that only computes what is wanted.
+
+        ``first`` is token 0 of both, [B, 1, D]; with ``text`` the image states are those before it.
+        """
         image_BND, text_BLD = self.image_norm(image.levels[0]), self.text_norm(text.levels[0])
         image_mask_BN = image.mask_BL
         for number, layer in enumerate(self.layers):
@@ -293,14 +297,15 @@ class BridgedFusion(nn.Module):
                 image_BND = run_block(bridge, image_BND, own_BND, image_mask_BN, checkpointing=kept)
                 bridge = self.text_bridges[number - 1]
                 text_BLD = run_block(bridge, text_BLD, text.levels[number], text.mask_BL, checkpointing=kept)
-            image_BND, text_BLD = run_block(
-                layer,
-                Encoded(image_BND, image_mask_BN),
-                Encoded(text_BLD, text.mask_BL),
-                image_rows_B if number == 0 else None,  # from the second layer on each text has an image of its own
-                first=first and number == len(self.layers) - 1,
-                checkpointing=self.checkpointing,
-            )
+            sides = Encoded(image_BND, image_mask_BN), Encoded(text_BLD, text.mask_BL)
+            rows_B = image_rows_B if number == 0 else None  # from the second layer on each text has its own image
+            last = number == len(self.layers) - 1
+            if last and wanted == "text":
+                text_BLD = run_block(layer.text_side, *sides, rows_B, checkpointing=self.checkpointing)
+            else:
+                image_BND, text_BLD = run_block(
+                    layer, *sides, rows_B, first=last and wanted == "first", checkpointing=self.checkpointing
+                )
             if number == 0 and image_rows_B is not None and image_mask_BN is not None:
                 image_mask_BN = image_mask_BN[image_rows_B]
         return image_BND, text_BLD
@@ -421,7 +426,11 @@ class BridgeTower(VisionLanguageModel):
 
     def pool(self, image: Encoded, text: Encoded, image_rows_B: Tensor | None = None) -> Tensor:
         """As :meth:`fuse`; the last layer computes token 0 alone."""
-        return self._pooled(*self.fusion(image, text, image_rows_B, first=True))
+        return self._pooled(*self.fusion(image, text, image_rows_B, wanted="first"))
+
+    def fuse_text(self, image: Encoded, text: Encoded, image_rows_B: Tensor | None = None) -> Tensor:
+        """As :meth:`fuse`; the image side of the last layer is left out."""
+        return self.fusion(image, text, image_rows_B, wanted="text")[1]
 
     def _pooled(self, image_BTD: Tensor, text_BTD: Tensor) -> Tensor:
         return torch.cat([self.text_pooler(text_BTD), self.image_pooler(image_BTD)], dim=-1)

@@ -358,7 +358,7 @@ class PostNormBlock(nn.Module):
         return self.ffn_norm(x_BLD + self.dropout(self.ffn(x_BLD)))
 
 
-def run_block(block: nn.Module, *args: Any, checkpointing: bool, **kwargs: Any) -> Any:
+def run_block(block: Callable[..., Any], *args: Any, checkpointing: bool, **kwargs: Any) -> Any:
     """Call a block; with ``checkpointing`` its activations are recomputed in the backward pass."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False, **kwargs)

@@ -210,6 +210,10 @@ class VisionLanguageModel(nn.Module, ABC):
         """
         return self.fuse(image, text, image_rows_B).pooled_BP
 
+    def fuse_text(self, image: Encoded, text: Encoded, image_rows_B: Tensor | None = None) -> Tensor:
+        """:attr:`Fused.text_BLD` of what :meth:`fuse` gives, likewise."""
+        return self.fuse(image, text, image_rows_B).text_BLD
+
     def pair_attention(self) -> nn.ModuleList:
         """What :meth:`fuse_pair` needs beside the model: a copy of each cross-attention, for the second picture.
 

@@ -167,14 +167,20 @@ class CoAttentionLayer(nn.Module):
             first: compute the state of token 0 alone, [B, 1, D], which is all that a pooler reads.
         """
         image_BND = self.image_block.attend_self(image.hidden_BLD, image.mask_BL, first=first)
+        if image_rows_B is not None:
+            image_BND = image_BND[image_rows_B]
+        image_BND = self.image_block.attend_memory(image_BND, text.hidden_BLD, text.mask_BL)
+        return image_BND, self.text_side(image, text, image_rows_B, first=first)
+
+    def text_side(
+        self, image: Encoded, text: Encoded, image_rows_B: Tensor | None = None, *, first: bool = False
+    ) -> Tensor:
+        """The new text states alone."""
         text_BLD = self.text_block.attend_self(text.hidden_BLD, text.mask_BL, first=first)
         memory = self.text_block.remember(image)
         if image_rows_B is not None:
-            image_BND, memory = image_BND[image_rows_B], memory.select(image_rows_B)
-        return (
-            self.image_block.attend_memory(image_BND, text.hidden_BLD, text.mask_BL),
-            self.text_block.attend_memory(text_BLD, memory),
-        )
+            memory = memory.select(image_rows_B)
+        return self.text_block.attend_memory(text_BLD, memory)
 
 
 @dataclass

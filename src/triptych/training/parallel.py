@@ -104,7 +104,7 @@ def compile_inference(model: VisionLanguageModel) -> None:
 
     Each shape costs some seconds at first, so it is for data sets; gradients must be off in every call.
     """
-    for name in ("encode_image", "encode_text", "fuse"):
+    for name in ("encode_image", "encode_text", "fuse", "fuse_text", "pool"):
         setattr(model, name, _frozen(getattr(model, name)))
 
 
