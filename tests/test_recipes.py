@@ -208,7 +208,7 @@ def test_cifar_of_bridgetower() -> None:
     assert train.steps == 10 * (50_000 // 512)
     assert (optim.vision_lr, optim.betas, optim.eps, optim.weight_decay) == (1e-5, (0.9, 0.98), 1e-8, 0.01)
     assert (optim.schedule, optim.warmup_steps, optim.min_lr) == ("linear", int(0.06 * train.steps), 0.0)
-    assert (data.preprocessing.image_size, data.scale, data.augment, data.flip) == (224, None, False, False)
+    assert (data.preprocessing.image_size, data.scale, data.augment, data.flip) == (224, None, None, False)
     assert isinstance(recipe.objective, ImageClassificationConfig)
     assert (recipe.objective.head, recipe.objective.pooling, recipe.objective.linear_probe) == (
         "linear",

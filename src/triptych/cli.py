@@ -33,6 +33,10 @@ TaskName = Literal[
 ComparedTask = Literal["caption", "vqa", "grounding", "nlvr2", "entailment", "image_classification"]
 """Those that look at pictures and score each by itself."""
 
+PublishedLayout = Literal[
+    "mplug", "mplug-modelscope", "bridgetower", "bridgetower-hf", "clip", "clip-hf", "bert-hf", "roberta-hf"
+]
+
 # Imports of torch stand inside the commands: `--help` and `score` should not wait for it.
 
 
@@ -47,8 +51,9 @@ class TrainingOptions:
         image_root: what the image paths of JSON lists are relative to.
         splits: splits to train on, of a file whose records name theirs (Karpathy: train restval).
         evaluate_splits: the same for the evaluation.
-        start: checkpoint folder or Hub id to start from, or folders of converted parts (CLIP, BERT).
-        vocabulary: vocab.txt or tokenizer.json; by default that of --start, else one is trained on the data.
+        start: checkpoint folder or Hub id to start from, or folders of converted parts (CLIP, BERT, RoBERTa).
+        vocabulary: vocab.txt, vocab.json (beside merges.txt) or tokenizer.json; by default that of --start, else one is
+            trained on the data.
         steps: optimiser steps.
         batch_size: samples a process and forward pass.
         accumulate: forward passes an optimiser step.
@@ -91,10 +96,9 @@ class TrainingOptions:
 
         data = changed(recipe.data, train="data", evaluate="evaluate_data")
         train, optim = changed(recipe.train), changed(recipe.optim)
-        if "lr" in given and recipe.optim.vision_lr is not None:
-            optim = replace(optim, vision_lr=recipe.optim.vision_lr * optim.lr / recipe.optim.lr)
-        if "lr" in given and recipe.optim.muon_lr is not None:
-            optim = replace(optim, muon_lr=recipe.optim.muon_lr * optim.lr / recipe.optim.lr)
+        for name in ("vision_lr", "fusion_lr", "head_lr", "muon_lr"):
+            if "lr" in given and (rate := getattr(recipe.optim, name)) is not None:
+                optim = replace(optim, **{name: rate * optim.lr / recipe.optim.lr})
         if "steps" in given:  # a shorter run has a shorter warm-up
             shrink = min(1.0, train.steps / recipe.train.steps)
             optim = replace(optim, warmup_steps=int(optim.warmup_steps * shrink))
@@ -382,8 +386,10 @@ def _save_box(folder: Path, number: int, answer: Mapping[str, Any]) -> Path:
 def convert(
     source: Positional[Path],
     folder: Positional[Path],
-    from_: Annotated[Literal["mplug", "mplug-modelscope", "clip", "clip-hf", "bert-hf"], arg(name="from")],
+    from_: Annotated[PublishedLayout | None, arg(name="from")] = None,
+    to: Literal["bridgetower-hf"] | None = None,
     vocab: Path | None = None,
+    answers: Path | None = None,
     image_size: int | None = None,
     stride: int | None = None,
     fusion_layers: int | None = None,
@@ -395,13 +401,15 @@ def convert(
     allow_missing: tuple[str, ...] = (),
     allow_unexpected: tuple[str, ...] = (),
 ) -> None:
-    """Convert a published checkpoint to ours; what became of every tensor is reported.
+    """Convert a published checkpoint to ours (--from), or ours to a published layout (--to); every tensor is reported.
 
     Args:
-        source: the published file, or the folder it is in.
-        folder: the checkpoint folder to write.
-        from_: whose layout it is.
-        vocab: vocab.txt or tokenizer.json, where there is none beside the source.
+        source: the published file, or the folder it is in; with --to a checkpoint folder.
+        folder: the folder to write.
+        from_: whose layout the source has.
+        to: whose layout to write.
+        vocab: vocab.txt, tokenizer.json or vocab.json (beside merges.txt), where there is none beside the source.
+        answers: the classes of a BridgeTower fine-tuned for questions, in their order: a JSON list or object, or lines.
         image_size: resize the position table to this resolution.
         stride: mPLUG's S, which no tensor tells (base 3, large 6).
         fusion_layers: how many of the allocated fusion layers the network runs, from the top (6).
@@ -414,10 +422,12 @@ def convert(
         allow_unexpected: globs of official names that may be ignored.
     """
     from triptych.checkpoints.convert import convert as run
+    from triptych.checkpoints.convert import export
     from triptych.checkpoints.options import Options
 
     options = Options(
         vocab=vocab,
+        answers=answers,
         image_size=image_size,
         stride=stride,
         fusion_layers=fusion_layers,
@@ -429,7 +439,9 @@ def convert(
         allow_missing=allow_missing,
         allow_unexpected=allow_unexpected,
     )
-    report = run(source, folder, from_, options)
+    if (from_ is None) == (to is None):
+        raise ValueError("give either --from or --to")
+    report = run(source, folder, from_, options) if from_ else export(source, folder, str(to), options)
     _say(str(report))
     sys.stdout.write(report.to_json().rstrip() + "\n")
 

@@ -160,6 +160,8 @@ def test_vocabularies_that_do_not_fit(tmp_path: Path, vocab: Path) -> None:
 
 def test_other_families(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a BERT: it is of a family this library does not know"):
+        converted(tmp_path, {"albert.embeddings.word_embeddings.weight": torch.zeros(3, 4)})
+    with pytest.raises(CheckpointError, match=r"not a BERT: it looks like transformers' RoBERTa \(--from roberta-hf\)"):
         converted(tmp_path, {"roberta.embeddings.word_embeddings.weight": torch.zeros(3, 4)})
     decoder = {**bert(), "bert.encoder.layer.0.crossattention.self.query.weight": torch.zeros(WIDTH, WIDTH)}
     with pytest.raises(CheckpointError, match=r"no place in the model: .*crossattention"):

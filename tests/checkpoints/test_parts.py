@@ -8,6 +8,7 @@ from triptych.checkpoints.bert import Bert, BertConfig
 from triptych.checkpoints.errors import CheckpointError
 from triptych.checkpoints.folder import save_folder
 from triptych.checkpoints.parts import initialise
+from triptych.models.bridgetower import BridgeTower, BridgeTowerConfig
 from triptych.models.mplug import MPlug, MPlugConfig
 from triptych.models.vision import VisionTransformer, resize_positions
 
@@ -97,3 +98,84 @@ def test_parts_that_do_not_fit(
     assert "text side's ffn is 64 in this part but 128" in said(parts[3], into=wide)
     narrow = MPlug(replace(config, vision=replace(config.vision, heads=4)))
     assert "image encoder's heads is 2 in this part but 4" in said(parts[2], into=narrow)
+    other = MPlug(replace(config, text=replace(config.text, max_positions=18)))
+    roberta = Bert(BertConfig(replace(config.text, max_positions=18, first_position=2), layers=5))
+    assert "text side's first_position is 2 in this part but 0" in said(
+        save_folder(tmp_path / "r", roberta), into=other
+    )
+    stem = MPlug(replace(config, vision=replace(config.vision, stem="convolution")))
+    assert "image encoder's stem is patch in this part but convolution" in said(parts[2], into=stem)
+
+
+# -------------------------------------------------------------------------------------------------- BridgeTower
+
+
+@pytest.fixture
+def bridged(config: MPlugConfig) -> BridgeTowerConfig:
+    """A small BridgeTower with a decoder."""
+    return BridgeTowerConfig(
+        replace(config.vision, layers=3, interpolation="bicubic"),
+        replace(config.text, max_positions=18, layer_norm_eps=1e-5, first_position=2),
+        text_layers=3,
+        fusion_layers=2,
+        embed_dim=8,
+        decoder_layers=2,
+    )
+
+
+@pytest.fixture
+def towers(tmp_path: Path, bridged: BridgeTowerConfig) -> tuple[VisionTransformer, Bert, Path, Path]:
+    """A CLIP image encoder at another resolution, as converted, and a RoBERTa, saved."""
+    vision = VisionTransformer(replace(bridged.vision, image_size=32, interpolation="bilinear"))
+    roberta = Bert(BertConfig(bridged.text, layers=3))
+    for parameter in [*vision.parameters(), *roberta.parameters()]:
+        torch.nn.init.normal_(parameter)
+    return vision, roberta, save_folder(tmp_path / "clip", vision), save_folder(tmp_path / "roberta", roberta)
+
+
+@pytest.mark.parametrize("decoder_layers", [0, 2])
+def test_where_bridgetower_starts(
+    bridged: BridgeTowerConfig, towers: tuple[VisionTransformer, Bert, Path, Path], decoder_layers: int
+) -> None:
+    model = BridgeTower(replace(bridged, decoder_layers=decoder_layers)).eval()
+    vision, roberta, clip_folder, roberta_folder = towers
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = initialise(model, clip_folder, roberta_folder)
+    after = model.state_dict()
+
+    ids_BL, mask_BL = torch.tensor([[0, 5, 9, 2], [0, 7, 2, 1]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]).bool()
+    pixels_BCHW = torch.randn(2, 3, 16, 16)
+    table_ND = resize_positions(vision.position_embedding, (2, 2), "bicubic")
+    assert torch.equal(model.vision.position_embedding, table_ND)
+    assert not torch.equal(table_ND, resize_positions(vision.position_embedding, (2, 2), "bilinear"))
+    vision.position_embedding = torch.nn.Parameter(table_ND)
+    with torch.inference_mode():
+        assert torch.equal(model.text(ids_BL, mask_BL), roberta.eval().encoder(ids_BL, mask_BL))
+        assert torch.equal(model.vision(pixels_BCHW), vision.eval()(pixels_BCHW))
+    if decoder_layers:
+        assert model.decoder is not None
+        theirs = roberta.state_dict()
+        for name, tensor in model.decoder.state_dict().items():
+            if "cross" not in name:
+                source = name if name.startswith("head.") else f"encoder.{name}"
+                assert torch.equal(tensor, theirs[source])
+
+    missing = {entry.name for entry in report.missing}
+    started = ("vision", "text", "decoder")
+    assert missing == {
+        name for name in before if name.split(".")[0] not in started or ("decoder" in name and "cross" in name)
+    }
+    assert {name for name in before if torch.equal(before[name], after[name])} == missing
+    assert any(name.startswith("masked_head.") for name in missing)
+
+
+def test_towers_that_do_not_fit(
+    bridged: BridgeTowerConfig, towers: tuple[VisionTransformer, Bert, Path, Path], model: MPlug
+) -> None:
+    deep = BridgeTower(replace(bridged, text_layers=4))
+    with pytest.raises(CheckpointError, match="has 3 layers; the model's deepest stack has 4"):
+        initialise(deep, towers[3])
+    with pytest.raises(CheckpointError, match="text side's max_positions is 18 in this part but 16"):
+        initialise(model, towers[3])
+    with pytest.raises(CheckpointError, match="image encoder's layers is 3 in this part but 2"):
+        initialise(model, towers[2])

@@ -202,22 +202,6 @@ def test_save_load_and_pickle(tokenizer, tmp_path):
         assert other.special_ids == tokenizer.special_ids == (0, 1, 2, 3, 4)
 
 
-def test_loads_a_foreign_byte_level_tokenizer(tmp_path):
-    import tokenizers
-
-    backend = tokenizers.ByteLevelBPETokenizer()
-    backend.train_from_iterator(
-        ["a cat and a dog"] * 3, 300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    )
-    backend.enable_truncation(2)
-    backend.save(str(tmp_path / "tokenizer.json"))
-    roberta = Tokenizer.load(tmp_path / "tokenizer.json")
-    assert (roberta.bos_id, roberta.pad_id, roberta.eos_id, roberta.unk_id, roberta.mask_id) == (0, 1, 2, 3, 4)
-    ids_BL, _ = roberta.encode_batch(["a cat, and a dog"], max_length=None, end=True)
-    assert ids_BL.shape[1] > 4
-    assert roberta.decode(ids_BL[0]) == "a cat, and a dog"
-
-
 def test_missing_and_foreign_files(tmp_path):
     for read in (wordpiece_from_vocab, Tokenizer.load):
         with pytest.raises(FileNotFoundError, match="none"):

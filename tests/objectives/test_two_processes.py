@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from triptych.data.batches import ImageTextBatch, PretrainingBatch, Tokens
+from triptych.models.bridgetower import BridgeTower, BridgeTowerConfig
 from triptych.models.mplug import MPlug, MPlugConfig
 from triptych.models.protocol import Encoded
 from triptych.models.text import TextConfig, pad_ids
@@ -34,6 +35,7 @@ from triptych.objectives.distributed import (
     rank,
     world_size,
 )
+from triptych.objectives.masked_matching import MaskedMatching, MaskedMatchingConfig
 from triptych.objectives.pretraining import Pretraining, PretrainingConfig, TextIds
 
 TIMEOUT = 120  # seconds; a run takes about five
@@ -75,17 +77,31 @@ def own_part(batch: PretrainingBatch) -> PretrainingBatch:
     return PretrainingBatch(batch.pixels_BCHW[own], text, batch.image_id_B[own], prefix, target)
 
 
+VISION = VisionConfig(32, layers=1, heads=2, patch=8, image_size=16)
+TEXT = TextConfig(VOCAB, 32, 2, 48, max_positions=80, dropout=0.0, attention_dropout=0.0)
+
+
 def tiny_model(**changes: Any) -> MPlug:
     torch.manual_seed(0)
-    vision = VisionConfig(32, layers=1, heads=2, patch=8, image_size=16)
-    text = TextConfig(VOCAB, 32, 2, 48, max_positions=80, dropout=0.0, attention_dropout=0.0)
-    config = MPlugConfig(vision, text, text_layers=1, fusion_layers=3, decoder_layers=1, embed_dim=16, stride=2)
+    config = MPlugConfig(VISION, TEXT, text_layers=1, fusion_layers=3, decoder_layers=1, embed_dim=16, stride=2)
     model = MPlug(dataclasses.replace(config, **changes))
+    stir(model)
+    return model
+
+
+def tiny_bridgetower() -> BridgeTower:
+    torch.manual_seed(0)
+    vision = dataclasses.replace(VISION, layers=2)
+    model = BridgeTower(BridgeTowerConfig(vision, TEXT, text_layers=2, fusion_layers=2, embed_dim=16))
+    stir(model)
+    return model
+
+
+def stir(model: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name != "temperature":
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
 
 
 class Counting(Pretraining):
@@ -163,6 +179,13 @@ def alignment() -> dict[str, Any]:
     return train(task, [own_part(whole_batch(step)) for step in range(2)])
 
 
+def masked_matching(**changes: Any) -> dict[str, Any]:
+    config = MaskedMatchingConfig(**{"mlm_probability": 0.3, **changes})
+    ids = TextIds(PAD, MASK, (PAD, CLS, SEP), VOCAB)
+    task = MaskedMatching(tiny_bridgetower(), config, ids, mean=MEAN, std=STD, seed=3)
+    return train(task, [own_part(whole_batch(step)) for step in range(2)])
+
+
 def gathering() -> dict[str, Any]:
     """Gathered rows of this process's share of fixed values, and the gradient of a loss that differs by rank."""
     generator = torch.Generator().manual_seed(1)
@@ -234,6 +257,10 @@ def work(folder: Path, world: int, number: int) -> None:
         "local": pretraining({}, negatives="local"),
         "alone": pretraining({}, queue_size=0, momentum=None, alpha=0.0, distill_language=False),
         "alignment": alignment(),
+        "masked_matching": masked_matching(),
+        "masked_matching_hard": masked_matching(contrast="itc", matching="hard"),
+        "masked_matching_two": masked_matching(contrast="itc", passes="two"),
+        "masked_matching_local": masked_matching(negatives="local"),
         "gathering": gathering(),
         "means": means(),
         "noise": noise(),
@@ -281,7 +308,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], l
 Results = tuple[dict[str, Any], list[dict[str, Any]]]
 
 
-@pytest.mark.parametrize("task", ["skip", "asymmetric", "alignment", "alone"])
+MASKED_MATCHING = ["masked_matching", "masked_matching_hard", "masked_matching_two"]
+
+
+@pytest.mark.parametrize("task", ["skip", "asymmetric", "alignment", "alone", *MASKED_MATCHING])
 @pytest.mark.parametrize("step", [0, 1])
 def test_losses_and_gradients_are_those_of_the_whole_batch(task: str, step: int, results: Results) -> None:
     """DDP is told of no unused parameters; the second step would fail if there were any."""
@@ -338,8 +368,9 @@ def test_negatives_of_all_processes_and_of_one(results: Results) -> None:
             assert (ids[number][drawn] != ids[number]).all()
 
 
-def test_local_negatives_keep_processes_equal(results: Results) -> None:
-    first, second = (part["local"]["state"] for part in results[1])
+@pytest.mark.parametrize("task", ["local", "masked_matching_local"])
+def test_local_negatives_keep_processes_equal(task: str, results: Results) -> None:
+    first, second = (part[task]["state"] for part in results[1])
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

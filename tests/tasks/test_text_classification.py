@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from triptych.checkpoints.configs import from_json, to_json
 from triptych.data.samples import BrokenSample, Record
 from triptych.data.sources import open_source
-from triptych.data.tokenizers import Tokenizer, train_wordpiece
+from triptych.data.tokenizers import Tokenizer, open_tokenizer, train_wordpiece
 from triptych.data.transforms import HALF, Preprocessing
 from triptych.models.mplug import MPlug
 from triptych.tasks.text_classification import (
@@ -82,6 +82,21 @@ def test_between_robertas_texts_stand_two_separators() -> None:
     backend.add_special_tokens([AddedToken(token, special=True) for token in list(vocabulary)[:5]])
     tokens = encode_texts(Tokenizer(backend), [("a b", "b"), ("a", None)], 20)
     assert tokens.ids_BL.tolist() == [[0, 5, 6, 2, 2, 6, 2], [0, 5, 2, 1, 1, 1, 1]]
+
+
+def test_robertas_pairs_are_the_references(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    trained = tokenizers.ByteLevelBPETokenizer()
+    trained.train_from_iterator(
+        ["the dog isn't running"] * 3, 270, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    )
+    trained.save_model(str(tmp_path))
+    reference = transformers.RobertaTokenizer.from_pretrained(tmp_path)
+    pairs = [("the dog", "a dog isn't it"), ("a", None), ("the dog is running on", "é dog")]
+    tokens = encode_texts(open_tokenizer(tmp_path), pairs, 10)
+    for (first, second), ids_L, mask_L in zip(pairs, tokens.ids_BL, tokens.mask_BL, strict=True):
+        expected = reference(first, second, truncation=True, max_length=10)["input_ids"]
+        assert ids_L[mask_L].tolist() == expected
 
 
 @settings(max_examples=100, deadline=None)

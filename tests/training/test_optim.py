@@ -4,18 +4,25 @@ import copy
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from triptych.data.tokenizers import train_wordpiece
 from triptych.data.transforms import HALF, Preprocessing
+from triptych.models.bridgetower import SIZES, BridgeTower
 from triptych.models.mplug import MPlug, MPlugConfig
+from triptych.models.protocol import VisionLanguageModel
 from triptych.models.text import TextConfig
 from triptych.models.vision import VisionConfig
+from triptych.objectives.alignment import Alignment, AlignmentConfig
 from triptych.tasks.grounding import Grounding, GroundingConfig
 from triptych.tasks.nlvr2 import Nlvr2, Nlvr2Config
+from triptych.tasks.vqa import VisualQuestionAnswering, VqaConfig
+from triptych.training.loop import TrainConfig, Trainer
 from triptych.training.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
 
 CONFIG = OptimConfig(lr=1e-3, vision_lr=1e-4, warmup_steps=10, warmup_lr=0.0, min_lr=1e-5)
@@ -108,6 +115,193 @@ def test_decay_of_matrices_or_as_the_official_code(model: MPlug) -> None:
     assert {name: (ours[name][2] > 0, official[name][2] > 0) for name in decays} == decays
 
 
+BRIDGETOWER = OptimConfig(
+    lr=1e-5, vision_lr=None, fusion_lr=5e-5, head_lr=5e-4, weight_decay=0.01, decay="official", clip=None
+)
+
+
+def narrow_bridgetower(**changes: object) -> BridgeTower:
+    """The layers of the base size, eight numbers wide."""
+    base = SIZES["base"]
+    vision = dataclasses.replace(base.vision, width=8, heads=2, image_size=32)
+    text = dataclasses.replace(base.text, width=8, heads=2, ffn=16, vocab_size=40, max_positions=16)
+    return BridgeTower(dataclasses.replace(base, vision=vision, text=text, embed_dim=8, **changes))
+
+
+def both(official: str, ours: str) -> dict[str, list[str]]:
+    return {f"{official}.{name}": [f"{ours}.{name}"] for name in ("weight", "bias")}
+
+
+def bert_layer(official: str, ours: str, *, cross: bool) -> dict[str, list[str]]:
+    """A layer of RoBERTa, or a cross-modal one: official name -> ours, where keys and values are one matrix."""
+    names: dict[str, list[str]] = {}
+    attentions = {"attention": ("attention", "attention_norm")}
+    if cross:
+        attentions["crossattention"] = ("cross_attention", "cross_norm")
+    for theirs, (attention, norm) in attentions.items():
+        names |= both(f"{official}.{theirs}.self.query", f"{ours}.{attention}.query")
+        names |= both(f"{official}.{theirs}.self.key", f"{ours}.{attention}.key_value")
+        names |= both(f"{official}.{theirs}.self.value", f"{ours}.{attention}.key_value")
+        names |= both(f"{official}.{theirs}.output.dense", f"{ours}.{attention}.out")
+        names |= both(f"{official}.{theirs}.output.LayerNorm", f"{ours}.{norm}")
+    names |= both(f"{official}.intermediate.dense", f"{ours}.ffn.expand")
+    names |= both(f"{official}.output.dense", f"{ours}.ffn.contract")
+    return names | both(f"{official}.output.LayerNorm", f"{ours}.ffn_norm")
+
+
+def clip_layer(number: int) -> dict[str, list[str]]:
+    official, ours = f"vit_model.visual.transformer.resblocks.{number}", f"vision.blocks.{number}"
+    names = both(f"{official}.attn.out_proj", f"{ours}.attention.out")
+    for kind in ("weight", "bias"):
+        names[f"{official}.attn.in_proj_{kind}"] = [
+            f"{ours}.attention.{name}.{kind}" for name in ("query", "key_value")
+        ]
+    for theirs, mine in {
+        "ln_1": "attention_norm",
+        "ln_2": "ffn_norm",
+        "mlp.c_fc": "ffn.expand",
+        "mlp.c_proj": "ffn.contract",
+    }.items():
+        names |= both(f"{official}.{theirs}", f"{ours}.{mine}")
+    return names
+
+
+def official_names() -> dict[str, list[str]]:
+    """Every parameter of the official base model with its VQA classifier -> ours."""
+    embeddings = "text_transformer.embeddings"
+    names = {
+        "vit_model.visual.conv1.weight": ["vision.patch_embedding.weight"],
+        "vit_model.visual.class_embedding": ["vision.class_embedding"],
+        "vit_model.visual.positional_embedding": ["vision.position_embedding"],
+        f"{embeddings}.word_embeddings.weight": ["text.embeddings.word.weight"],
+        f"{embeddings}.position_embeddings.weight": ["text.embeddings.position.weight"],
+        f"{embeddings}.token_type_embeddings.weight": ["text.embeddings.segment"],
+        "token_type_embeddings.weight": ["image_projection.token_type", "text_projection.token_type"],
+        "temperature": ["temperature"],
+        "mlm_score.decoder.weight": ["masked_head.word.weight"],
+        "mlm_score.bias": ["masked_head.head.bias"],
+    }
+    for theirs, ours in {
+        "vit_model.visual.ln_pre": "vision.pre_norm",
+        "vit_model.visual.ln_post": "vision.post_norm",
+        f"{embeddings}.LayerNorm": "text.embeddings.norm",
+        "mlm_score.transform.dense": "masked_head.head.transform",
+        "mlm_score.transform.LayerNorm": "masked_head.head.norm",
+        "itm_score.fc": "match_head",
+    }.items():
+        names |= both(theirs, ours)
+    for number in range(12):
+        names |= clip_layer(number)
+        names |= bert_layer(f"text_transformer.encoder.layer.{number}", f"text.blocks.{number}", cross=False)
+    for side in ("text", "image"):
+        names |= both(f"cross_modal_{side}_transform", f"{side}_projection.linear")
+        names |= both(f"cross_modal_{side}_layernorm", f"fusion.{side}_norm")
+        names |= both(f"cross_modal_{side}_pooler.dense", f"{side}_pooler.linear")
+        names |= both(f"itc_{side}_head.fc", f"{side}_embedding")
+        for number in range(5):
+            official, ours = f"cross_modal_{side}_link_tower.{number}.LayerNorm", f"fusion.{side}_bridges.{number}.norm"
+            names |= both(official, ours)
+        for number in range(6):
+            official, ours = f"cross_modal_{side}_layers.{number}", f"fusion.layers.{number}.{side}_block"
+            names |= bert_layer(official, ours, cross=True)
+    names = {official: [f"model.{name}" for name in ours] for official, ours in names.items()}
+    for number, ours in {0: "expand", 1: "norm", 3: "classify"}.items():
+        names |= both(f"vqa_classifier.{number}", f"head.{ours}")
+    return names
+
+
+def official_group(name: str) -> tuple[float, float]:
+    """Rate and decay by the official rules on names (``meter_utils.py:265-356``)."""
+    spared = ("bias", "LayerNorm.weight", "norm.weight", "norm1.weight", "norm2.weight")
+    heads = ("vqa_classifier", "mlm_score", "itm_score", "itc_text_head", "itc_image_head")
+    rate = 1e-5
+    if any(part in name for part in heads):
+        rate = 5e-4
+    elif "cross_modal" in name:
+        rate = 5e-5
+    return rate, 0.0 if any(part in name for part in spared) else 0.01
+
+
+def test_bridgetower_has_the_official_groups() -> None:
+    tokenizer = train_wordpiece(["a red circle"] * 2, 40)
+    config = VqaConfig("classify", answers=("red", "blue"))
+    task = VisualQuestionAnswering(narrow_bridgetower(), tokenizer, Preprocessing(32), config)
+    expected = {ours: official_group(official) for official, names in official_names().items() for ours in names}
+    found = {name: group[1:] for name, group in groups_of(task, BRIDGETOWER).items()}
+    assert found.keys() == expected.keys()
+    assert {name: group for name, group in found.items() if group != pytest.approx(expected[name])} == {}
+    # What one might expect to be otherwise (specification 2.3).
+    assert found["model.vision.blocks.0.attention_norm.weight"] == (1e-5, 0.01)
+    assert found["head.norm.weight"] == (5e-4, 0.01)
+    assert found["model.fusion.image_norm.weight"] == (5e-5, 0.0)
+
+
+def test_groups_that_the_published_network_lacks() -> None:
+    """METER's gates are at the base rate (``meter_module.py:118``), bridges and a decoder at that of the fusion."""
+    meter = groups_of(narrow_bridgetower(bridged_layers=0, gather_layers=True, decoder_layers=1), BRIDGETOWER)
+    assert meter["image_projection.gate.weight"][1] == 1e-5
+    assert meter["decoder.blocks.0.ffn.expand.weight"][1] == pytest.approx(5e-5)
+    weighted = groups_of(narrow_bridgetower(bridge="weighted"), BRIDGETOWER)
+    assert weighted["fusion.image_bridges.0.share"][1] == pytest.approx(5e-5)
+    tokenizer = train_wordpiece(["a red circle"] * 2, 40)
+    pairs = groups_of(
+        Nlvr2(narrow_bridgetower(), tokenizer, Preprocessing(32), Nlvr2Config(picture_types=True)), BRIDGETOWER
+    )
+    assert pairs["picture_types"][1:] == (1e-5, 0.01)
+    assert pairs["head.expand.weight"][1] == pytest.approx(5e-4)
+
+
+def test_rates_of_fusion_and_heads_of_mplug(model: MPlug) -> None:
+    """Its projections are heads (of ITC), those of BridgeTower lead to the fusion; attention to a second picture is
+    the fusion's, too."""
+    config = dataclasses.replace(CONFIG, fusion_lr=5e-3, head_lr=1e-2)
+    tokenizer = train_wordpiece(["a red circle"] * 2, 40)
+    rates = {
+        name: group[1]
+        for name, group in groups_of(
+            Nlvr2(model, tokenizer, Preprocessing(16, HALF, HALF), Nlvr2Config("merged")), config
+        ).items()
+    }
+    expected = {
+        "model.vision.position_embedding": 1e-4,
+        "model.bridge.norm.weight": 1e-3,
+        "model.text.blocks.0.ffn.expand.weight": 1e-3,
+        "model.temperature": 1e-3,
+        "model.fusion.layers.0.block.ffn.expand.weight": 5e-3,
+        "model.decoder.embeddings.word.weight": 5e-3,
+        "second_attention.0.query.weight": 5e-3,
+        "model.image_projection.weight": 1e-2,
+        "model.masked_head.word.weight": 1e-2,
+        "model.match_head.bias": 1e-2,
+        "head.classify.weight": 1e-2,
+    }
+    assert {name: rates[name] for name in expected} == pytest.approx(expected)
+
+
+def test_a_teacher_changes_no_rate(model: MPlug) -> None:
+    config = dataclasses.replace(CONFIG, fusion_lr=5e-3, head_lr=1e-2)
+    plain = groups_of(Alignment(model, AlignmentConfig(0, None, 0.0), mean=HALF, std=HALF), config)
+    taught = groups_of(Alignment(model, AlignmentConfig(), mean=HALF, std=HALF), config)
+    model.requires_grad_(True)
+    assert taught == plain
+
+
+def test_muon_follows_the_rates_of_fusion_and_heads(model: VisionLanguageModel) -> None:
+    found = groups_of(model, dataclasses.replace(CONFIG, fusion_lr=5e-3, head_lr=1e-2, muon_lr=0.02))
+    assert found["text.blocks.0.ffn.expand.weight"][:2] == ("Muon", 0.02)
+    assert found["vision.blocks.0.attention.query.weight"][:2] == ("Muon", pytest.approx(0.002))
+    assert found["decoder.blocks.0.ffn.expand.weight"][:2] == ("Muon", pytest.approx(0.1))
+    assert found["masked_head.head.transform.weight"][:2] == ("Muon", pytest.approx(0.2))
+
+
+def test_without_rates_of_their_own_fusion_and_heads_make_no_group(model: MPlug) -> None:
+    """So that the states of earlier runs fit; and the first group, whose rate is logged, is at the base rate."""
+    rates = [group["peak_lr"] for group in build_optimizer(model, CONFIG).param_groups]
+    assert rates == [CONFIG.lr, CONFIG.lr, CONFIG.vision_lr, CONFIG.vision_lr]
+    first = build_optimizer(model, dataclasses.replace(CONFIG, fusion_lr=5e-3, head_lr=1e-2)).param_groups[0]
+    assert first["peak_lr"] == CONFIG.lr
+
+
 def test_the_schedule() -> None:
     rates = [learning_rate(CONFIG, CONFIG.lr, step, 110, 110) for step in range(111)]
     assert rates[0] == 0
@@ -168,3 +362,37 @@ def test_a_state_of_other_optimisers_is_refused() -> None:
     saved = build_optimizer(layer, CONFIG).state_dict()
     with pytest.raises(ValueError, match="1 optimisers does not fit 2"):
         build_optimizer(layer, dataclasses.replace(CONFIG, muon_lr=0.05)).load_state_dict(saved)
+
+
+class Slope(nn.Module):
+    """Its loss falls by 3 and 4 for each of two weights, so that its gradient is 5 long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.kept = nn.Identity()
+
+    def forward(self, batch: Tensor, step: int, part: int) -> dict[str, Tensor]:
+        return {"slope": self.weight @ batch}
+
+
+class Slopes:
+    skipped_count = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return itertools.repeat(torch.tensor([3.0, 4.0]))
+
+    def state_dict(self) -> dict[str, object]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("clip", "gradient"), [(None, (3.0, 4.0)), (10.0, (3.0, 4.0)), (1.0, (0.6, 0.8))])
+def test_gradients_are_cut_or_not(clip: float | None, gradient: tuple[float, float], tmp_path: Path) -> None:
+    """What AdamW's first step makes of a gradient g, g / (g + eps), shows it where eps is large."""
+    task = Slope()
+    optim = OptimConfig(lr=1.0, vision_lr=None, warmup_steps=0, weight_decay=0.0, eps=1.0, clip=clip)
+    Trainer(task, Slopes(), tmp_path, TrainConfig(steps=1, batch_size=1, precision="fp32"), optim).run()
+    assert task.weight.tolist() == pytest.approx([-g / (g + 1) for g in gradient], rel=1e-4)

@@ -1,6 +1,6 @@
-"""BERT as transformers and Google publish it (``--from bert-hf``): the text side's initialisation.
+"""BERT and RoBERTa as transformers publishes them (``--from bert-hf``, ``roberta-hf``): the text side's initialisation.
 
-:func:`embeddings`, :func:`layer` and :func:`head` are also how mPLUG's own files spell their three BERT stacks.
+:func:`embeddings`, :func:`layer` and :func:`add_head` are also how mPLUG's own files spell their three BERT stacks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from triptych.checkpoints.families import expect
 from triptych.checkpoints.mapping import NameMap, Rule, Tie, concatenate, convert_tensors, linear, rename, row
 from triptych.checkpoints.options import Converted, Options
 from triptych.checkpoints.reading import Tensors
+from triptych.models.bridgetower import ROBERTA
 from triptych.models.text import LanguageHead, TextConfig, TextEncoder
 
 OPTIONS = frozenset({"text_heads", "allow_missing", "allow_unexpected", "vocab"})
@@ -28,6 +29,7 @@ class BertConfig:
     """A BERT to initialise text encoders, fusion layers and decoders from.
 
     Attributes:
+        text: sizes; a RoBERTa is a BERT whose positions do not begin with the first (``first_position``).
         layers: depth (bert-base: 12).
         head: whether it comes with its vocabulary head.
     """
@@ -47,26 +49,67 @@ class Bert(nn.Module):
         self.head = LanguageHead(config.text) if config.head else None
 
 
+@dataclass(frozen=True)
+class _Family:
+    """How transformers spells one of the two.
+
+    Attributes:
+        kind: the value of ``--from``.
+        prefix: of the encoder's names, where it is a part of a larger model.
+        segments: rows of its table of segments, which tells the two apart where there is no prefix.
+        head: the vocabulary head, and below it the names of its linear layer and of its norm.
+        default: sizes that no tensor tells.
+    """
+
+    name: str
+    kind: str
+    prefix: str
+    segments: int
+    head: tuple[str, str, str]
+    default: TextConfig
+
+
+_BERT = _Family(
+    "a BERT",
+    "bert-hf",
+    "bert.",
+    segments=2,
+    head=("cls.predictions", "transform.dense", "transform.LayerNorm"),
+    default=TextConfig(),
+)
+_ROBERTA = _Family(
+    "a RoBERTa", "roberta-hf", "roberta.", segments=1, head=("lm_head", "dense", "layer_norm"), default=ROBERTA
+)
+
+
 def convert_bert(source: Path, tensors: Tensors, options: Options) -> Converted:
     """BertModel, BertForPreTraining or BertForMaskedLM to a :class:`Bert`."""
-    expect("a BERT", ["bert.embeddings." if _prefixed(tensors) else "embeddings.word_embeddings."], tensors, source)
-    prefix = "bert." if _prefixed(tensors) else ""
+    return _convert(source, tensors, options, _BERT)
+
+
+def convert_roberta(source: Path, tensors: Tensors, options: Options) -> Converted:
+    """RobertaModel or RobertaForMaskedLM to a :class:`Bert` whose text begins at position 2."""
+    return _convert(source, tensors, options, _ROBERTA)
+
+
+def _convert(source: Path, tensors: Tensors, options: Options, family: _Family) -> Converted:
+    prefix = _prefix(source, tensors, family)
     beside = Beside(source, "config.json")
-    text, notes = text_config(tensors, prefix, source, beside, options.text_heads)
+    text, notes = text_config(tensors, prefix, source, beside, options.text_heads, family.default)
+    head, linear_name, norm_name = family.head
     config = BertConfig(
-        text,
-        layers=count(tensors, f"{prefix}encoder.layer."),
-        head="cls.predictions.transform.dense.weight" in tensors,
+        text, layers=count(tensors, f"{prefix}encoder.layer."), head=f"{head}.{linear_name}.weight" in tensors
     )
     names = NameMap()
-    names.add(embeddings("encoder.embeddings", f"{prefix}embeddings", tensors))
+    names.add(embeddings("encoder.embeddings", f"{prefix}embeddings", tensors, segments=_segments(tensors, prefix)))
     for i in range(config.layers):
         names.add(layer(f"encoder.blocks.{i}", f"{prefix}encoder.layer.{i}", tensors, cross=False))
     if config.head:
-        add_head(names, "head", "cls.predictions", f"{prefix}embeddings.word_embeddings.weight", tensors)
+        words = f"{prefix}embeddings.word_embeddings.weight"
+        add_head(names, "head", head, words, tensors, transform=linear_name, norm_name=norm_name)
     names.drop("the pooler, unused by every model here", f"{prefix}pooler.*")
     names.drop("next-sentence head, unused by every model here", "cls.seq_relationship.*")
-    names.drop("a constant", f"{prefix}embeddings.position_ids")
+    names.drop("a constant", f"{prefix}embeddings.position_ids", f"{prefix}embeddings.token_type_ids")
 
     def build() -> Bert:
         return Bert(config)
@@ -85,16 +128,36 @@ def convert_bert(source: Path, tensors: Tensors, options: Options) -> Converted:
     return Converted(build_with(build, state), report, vocab_size=text.vocab_size)
 
 
-def _prefixed(tensors: Tensors) -> bool:
-    return any(name.startswith("bert.") for name in tensors)
+def _prefix(source: Path, tensors: Tensors, family: _Family) -> str:
+    """What stands before the encoder's names, which without it are the same in both families."""
+    if any(name.startswith(family.prefix) for name in tensors):
+        expect(family.name, [f"{family.prefix}embeddings."], tensors, source)
+        return family.prefix
+    expect(family.name, ["embeddings.word_embeddings."], tensors, source)
+    segments = _segments(tensors, "")
+    for other in (_BERT, _ROBERTA):
+        if segments == other.segments != family.segments:
+            raise CheckpointError(
+                source,
+                f"not {family.name}: a table of {segments} segments is that of {other.name} (--from {other.kind})",
+            )
+    return ""
 
 
-def embeddings(target: str, source: str, names: Collection[str]) -> list[Rule]:
+def _segments(tensors: Tensors, prefix: str) -> int:
+    segments = tensors.get(f"{prefix}embeddings.token_type_embeddings.weight")
+    return segments.shape[0] if segments is not None and segments.dim() == 2 else 0
+
+
+def embeddings(target: str, source: str, names: Collection[str], *, segments: int = 2) -> list[Rule]:
     """Word, position and segment embeddings and their norm."""
+    segment, every = f"{target}.segment", f"{source}.token_type_embeddings.weight"
     return [
         rename(f"{target}.word.weight", f"{source}.word_embeddings.weight"),
         rename(f"{target}.position.weight", f"{source}.position_embeddings.weight"),
-        row(f"{target}.segment", f"{source}.token_type_embeddings.weight", 0, "only segment 0 is ever used"),
+        row(segment, every, 0, "only segment 0 is ever used")
+        if segments > 1
+        else Rule((segment,), (every,), lambda tensors: [tensors[0][0]]),
         *norm(f"{target}.norm", f"{source}.LayerNorm", names),
     ]
 
@@ -133,23 +196,40 @@ def norm(target: str, source: str, names: Collection[str]) -> list[Rule]:
     return linear(target, source)
 
 
-def add_head(names: NameMap, target: str, source: str, words: str, present: Collection[str]) -> None:
-    """The vocabulary head ``cls.predictions``, its decoder tied to the word embeddings ``words``."""
+def add_head(
+    names: NameMap,
+    target: str,
+    source: str,
+    words: str,
+    present: Collection[str],
+    *,
+    transform: str = "transform.dense",
+    norm_name: str = "transform.LayerNorm",
+) -> None:
+    """The vocabulary head ``source`` (``cls.predictions``), its decoder tied to the word embeddings ``words``."""
     bias, copy = f"{source}.bias", f"{source}.decoder.bias"
     if bias not in present and copy in present:  # transformers writes a tied tensor under one of its names
         bias, copy = copy, bias
     names.add(
-        linear(f"{target}.transform", f"{source}.transform.dense"),
-        norm(f"{target}.norm", f"{source}.transform.LayerNorm", present),
+        linear(f"{target}.transform", f"{source}.{transform}"),
+        norm(f"{target}.norm", f"{source}.{norm_name}", present),
         rename(f"{target}.bias", bias),
     )
     names.ties += [Tie(f"{source}.decoder.weight", words), Tie(copy, bias)]
 
 
 def text_config(
-    tensors: Tensors, prefix: str, source: Path, beside: Beside, heads: int | None
+    tensors: Tensors,
+    prefix: str,
+    source: Path,
+    beside: Beside,
+    heads: int | None,
+    default: TextConfig = _BERT.default,
 ) -> tuple[TextConfig, list[str]]:
-    """Sizes of the BERT whose names start with ``prefix``, and what had to be assumed."""
+    """Sizes of the BERT whose names start with ``prefix``, and what had to be assumed.
+
+    ``default`` has what the file does not say.
+    """
     vocab_size, width = table(tensors, f"{prefix}embeddings.word_embeddings.weight", source)
     max_positions, _ = table(tensors, f"{prefix}embeddings.position_embeddings.weight", source)
     ffn, _ = table(tensors, f"{prefix}encoder.layer.0.intermediate.dense.weight", source)
@@ -161,9 +241,12 @@ def text_config(
     if heads is None:
         heads = heads_of(width, "text", source)
         notes.append(f"{heads} attention heads in the text layers, assumed from width {width} / 64")
-    default = TextConfig()
     eps, dropout = beside.number("layer_norm_eps"), beside.number("hidden_dropout_prob")
     attention_dropout = beside.number("attention_probs_dropout_prob")
+    padding = beside.number("pad_token_id")
+    first_position = default.first_position
+    if first_position and padding is not None:  # BERT has a padding token too, but its positions begin with the first
+        first_position = int(padding) + 1
     config = TextConfig(
         vocab_size=vocab_size,
         width=width,
@@ -173,6 +256,7 @@ def text_config(
         layer_norm_eps=default.layer_norm_eps if eps is None else eps,
         dropout=default.dropout if dropout is None else dropout,
         attention_dropout=default.attention_dropout if attention_dropout is None else attention_dropout,
+        first_position=first_position,
     )
     return config, notes
 

@@ -52,6 +52,13 @@ class Beside:
             raise CheckpointError(str(self.path), f"{key} must be a number of at least 0, not {value!r}")
         return float(value)
 
+    def flag(self, key: str) -> bool | None:
+        """True or false."""
+        value = self._first((key,))
+        if value is None or isinstance(value, bool):
+            return value
+        raise CheckpointError(str(self.path), f"{key} must be true or false, not {value!r}")
+
     def text(self, *keys: str) -> str | None:
         """The first of these keys that is there, a string."""
         value = self._first(keys)

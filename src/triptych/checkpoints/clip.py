@@ -23,7 +23,7 @@ from triptych.checkpoints.options import Converted, Options
 from triptych.checkpoints.reading import Tensors
 from triptych.data.transforms import Preprocessing
 from triptych.models.layers import Activation
-from triptych.models.vision import VisionConfig, VisionTransformer
+from triptych.models.vision import Interpolation, VisionConfig, VisionTransformer
 
 OPTIONS = frozenset({"image_size", "vision_heads", "activation", "allow_missing", "allow_unexpected"})
 _TEXT_TOWER = "CLIP's text tower, unused"
@@ -82,7 +82,12 @@ def openai_vision(target: str, source: str, config: VisionConfig) -> list[Rule]:
     rules = [
         rename(f"{target}patch_embedding.weight", f"{source}conv1.weight"),
         rename(f"{target}class_embedding", f"{source}class_embedding"),
-        positions(f"{target}position_embedding", f"{source}positional_embedding", config.image_size // config.patch),
+        positions(
+            f"{target}position_embedding",
+            f"{source}positional_embedding",
+            config.image_size // config.patch,
+            config.interpolation,
+        ),
         *linear(f"{target}pre_norm", f"{source}ln_pre"),
         *linear(f"{target}post_norm", f"{source}ln_post"),
     ]
@@ -136,6 +141,7 @@ def vision_config(
     layers: str,
     beside: Beside | None = None,
     attention_dropout: float = 0.0,
+    interpolation: Interpolation = "bilinear",
 ) -> tuple[VisionConfig, list[str]]:
     """Sizes of a CLIP image encoder, read from the tensors of these names, and what had to be assumed."""
     for name, dimensions in ((class_embedding, 1), (patches, 4), (table, 2)):
@@ -155,7 +161,7 @@ def vision_config(
         notes.append(f"{heads} attention heads in the image encoder, assumed from width {width} / 64")
     image_size = options.image_size or file_size
     if image_size != file_size:
-        notes.append(f"position table resized from {file_size} to {image_size} pixels (bilinear)")
+        notes.append(f"position table resized from {file_size} to {image_size} pixels ({interpolation})")
     eps = beside.number("layer_norm_eps") if beside else None
     try:
         config = VisionConfig(
@@ -167,6 +173,7 @@ def vision_config(
             activation=options.activation or _activation(beside, source),
             layer_norm_eps=1e-5 if eps is None else eps,
             attention_dropout=attention_dropout,
+            interpolation=interpolation,
         )
     except ValueError as error:
         raise CheckpointError(source, str(error)) from error

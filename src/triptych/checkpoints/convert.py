@@ -1,4 +1,4 @@
-"""Convert a published checkpoint to our format."""
+"""Convert a published checkpoint to our format, or one of ours to a published layout."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from triptych.checkpoints import bert, clip, mplug
+from triptych.checkpoints import bert, bridgetower, bridgetower_hf, clip, mplug
 from triptych.checkpoints.errors import CheckpointError
 from triptych.checkpoints.folder import save_folder
 from triptych.checkpoints.mapping import Report
 from triptych.checkpoints.options import Converted, Options
 from triptych.checkpoints.reading import Tensors, read_tensors
-from triptych.data.tokenizers import Tokenizer, wordpiece_from_vocab
+from triptych.data.tokenizers import VOCABULARY_FILES, Tokenizer, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,17 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "mplug": Kind(mplug.convert_mplug, mplug.OPTIONS),
     "mplug-modelscope": Kind(mplug.convert_mplug_modelscope, mplug.OPTIONS),
+    "bridgetower": Kind(bridgetower.convert_bridgetower, bridgetower.OPTIONS),
+    "bridgetower-hf": Kind(bridgetower_hf.convert_bridgetower_hf, bridgetower_hf.OPTIONS),
     "clip": Kind(clip.convert_clip, clip.OPTIONS),
     "clip-hf": Kind(clip.convert_clip_hf, clip.OPTIONS),
     "bert-hf": Kind(bert.convert_bert, bert.OPTIONS),
+    "roberta-hf": Kind(bert.convert_roberta, bert.OPTIONS),
 }
 """The values of ``--from``."""
+
+EXPORTS: dict[str, Callable[[Path, Path], Report]] = {"bridgetower-hf": bridgetower_hf.export_bridgetower_hf}
+"""The values of ``--to``: from a checkpoint folder to the folder to write."""
 
 
 def convert(source: str | Path, folder: str | Path, kind: str, options: Options | None = None) -> Report:
@@ -54,7 +60,7 @@ def convert(source: str | Path, folder: str | Path, kind: str, options: Options 
     source = Path(source)
     if kind not in KINDS:
         raise CheckpointError(source, f"unknown kind {kind!r}; known are {', '.join(KINDS)}")
-    options.refuse_others(KINDS[kind].options, kind, source)
+    options.refuse_others(KINDS[kind].options, f"--from {kind}", source)
     tensors = read_tensors(source)
     converted = KINDS[kind].convert(source, tensors, options)
     tokenizer = None
@@ -65,10 +71,31 @@ def convert(source: str | Path, folder: str | Path, kind: str, options: Options 
         converted.model,
         tokenizer,
         converted.preprocessing,
+        task=converted.task,
+        task_state=converted.task_state,
         extra=converted.extra,
         conversion=converted.report.to_json(),
     )
     return converted.report
+
+
+def export(folder: str | Path, target: str | Path, kind: str, options: Options | None = None) -> Report:
+    """Write the checkpoint ``folder`` in a published layout, to a new folder ``target``.
+
+    Args:
+        kind: one of :data:`EXPORTS`.
+        options: none of them applies.
+
+    Returns:
+        What became of every tensor.
+
+    Raises:
+        CheckpointError: no checkpoint of ours, or one that the layout has no place for; nothing is written then.
+    """
+    if kind not in EXPORTS:
+        raise CheckpointError(folder, f"unknown layout {kind!r}; known are {', '.join(EXPORTS)}")
+    (options or Options()).refuse_others(frozenset(), f"--to {kind}", folder)
+    return EXPORTS[kind](Path(folder), Path(target))
 
 
 def _tokenizer(source: Path, vocab: Path | None, words: int, report: Report) -> Tokenizer | None:
@@ -76,14 +103,14 @@ def _tokenizer(source: Path, vocab: Path | None, words: int, report: Report) -> 
     path = vocab
     if path is None:
         beside = source if source.is_dir() else source.parent
-        path = next((beside / name for name in ("vocab.txt", "tokenizer.json") if (beside / name).is_file()), None)
+        path = next((beside / name for name in VOCABULARY_FILES if (beside / name).is_file()), None)
     if path is None:
         report.notes.append(
-            "no vocabulary beside the file, so no tokenizer saved: give bert-base-uncased's with --vocab vocab.txt"
+            "no vocabulary beside the file, so no tokenizer saved: give its vocab.txt or vocab.json with --vocab"
         )
         return None
     try:
-        tokenizer = Tokenizer.load(path) if path.suffix == ".json" else wordpiece_from_vocab(path)
+        tokenizer = open_tokenizer(path)
     except (ValueError, OSError) as error:
         raise CheckpointError(path, f"not a vocabulary: {error}") from error
     if tokenizer.vocab_size > words:

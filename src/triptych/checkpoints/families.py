@@ -8,6 +8,7 @@ from pathlib import Path
 from triptych.checkpoints.errors import CheckpointError
 
 _SIGNS = (
+    ("transformers' BridgeTower (--from bridgetower-hf)", ("bridgetower.", "vision_model.visual.")),
     ("a BridgeTower checkpoint (--from bridgetower)", ("cross_modal_image_layers.", "cross_modal_text_layers.")),
     ("an EVE checkpoint (--from eve)", ("backbone.type_embed_vision", "backbone.word_embedding.")),
     ("an mPLUG checkpoint (--from mplug)", ("visual_encoder.visual.", "fusion_encoder.")),
@@ -15,6 +16,7 @@ _SIGNS = (
     ("OpenAI's CLIP (--from clip)", ("visual.conv1.weight", "visual.class_embedding")),
     ("OpenAI's CLIP with a ResNet, which has no Transformer for images", ("visual.layer1.",)),
     ("transformers' CLIP (--from clip-hf)", ("vision_model.embeddings.",)),
+    ("transformers' RoBERTa (--from roberta-hf)", ("roberta.embeddings.", "lm_head.layer_norm.")),
     (
         "transformers' BERT (--from bert-hf)",
         ("bert.embeddings.word_embeddings.", "embeddings.word_embeddings.", "encoder.layer.0.attention.self."),

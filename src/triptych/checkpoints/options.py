@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -29,7 +30,10 @@ class Options:
         keep_queues: also write the contrastive queues, to ``queues.safetensors``.
         allow_missing: globs of our names that may keep their initial values.
         allow_unexpected: globs of official names that may be ignored.
-        vocab: a ``vocab.txt`` (BERT) or ``tokenizer.json``; by default the one beside the weights.
+        answers: the classes of a fine-tuned BridgeTower for questions, see
+            :func:`triptych.checkpoints.bridgetower_heads.read_answers`.
+        vocab: a ``vocab.txt`` (BERT), ``vocab.json`` with ``merges.txt`` (RoBERTa) or ``tokenizer.json``; by default
+            the one beside the weights.
     """
 
     image_size: int | None = None
@@ -43,6 +47,7 @@ class Options:
     keep_queues: bool = False
     allow_missing: tuple[str, ...] = ()
     allow_unexpected: tuple[str, ...] = ()
+    answers: Path | None = None
     vocab: Path | None = None
 
     def __post_init__(self) -> None:
@@ -53,12 +58,12 @@ class Options:
         if self.activation is not None and self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
 
-    def refuse_others(self, applicable: frozenset[str], kind: str, source: str | Path) -> None:
-        """An option that does nothing for this kind of file is an error."""
+    def refuse_others(self, applicable: frozenset[str], direction: str, source: str | Path) -> None:
+        """An option that does nothing for this kind of file (``--from mplug``) is an error."""
         default = Options()
         for name in (spec.name for spec in fields(self)):
             if getattr(self, name) != getattr(default, name) and name not in applicable:
-                raise CheckpointError(source, f"--{name.replace('_', '-')} does not apply to --from {kind}")
+                raise CheckpointError(source, f"--{name.replace('_', '-')} does not apply to {direction}")
 
 
 @dataclass
@@ -68,6 +73,8 @@ class Converted:
     Attributes:
         vocab_size: word embeddings, where the model has some.
         extra: further safetensors files by name.
+        task, task_state: what a fine-tuned file is for, and the tensors of its head, as
+            :func:`triptych.checkpoints.folder.save_folder` takes them.
     """
 
     model: nn.Module
@@ -75,3 +82,5 @@ class Converted:
     preprocessing: Preprocessing | None = None
     vocab_size: int | None = None
     extra: dict[str, Tensors] = field(default_factory=dict)
+    task: dict[str, Any] | None = None
+    task_state: Tensors | None = None

@@ -1,4 +1,7 @@
-"""Start an mPLUG where the paper starts: image encoder from CLIP, text side from BERT (paper section 5.1)."""
+"""Start a network where its paper starts: image encoder from CLIP, text side from BERT or RoBERTa.
+
+mPLUG: paper section 5.1. BridgeTower: microsoft/BridgeTower ``bt_module.py:82``, ``clip_model.py:325``.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +15,32 @@ from triptych.checkpoints.bert import Bert
 from triptych.checkpoints.errors import CheckpointError
 from triptych.checkpoints.folder import load_folder
 from triptych.checkpoints.mapping import NameMap, Report, Rule, convert_tensors, positions, rename
+from triptych.models.bridgetower import BridgeTower
 from triptych.models.layers import PostNormBlock
 from triptych.models.mplug import MPlug
+from triptych.models.protocol import VisionLanguageModel
 from triptych.models.vision import VisionTransformer
 
 
-def initialise(model: MPlug, *folders: str | Path, zero_positions: bool = False) -> Report:
-    """Fill a new model from converted parts (``--from clip``, ``clip-hf``, ``bert-hf``), in place.
+def initialise(model: VisionLanguageModel, *folders: str | Path, zero_positions: bool = False) -> Report:
+    """Fill a new model from converted parts (``--from clip``, ``clip-hf``, ``bert-hf``, ``roberta-hf``), in place.
 
-    The text encoder and the decoder take BERT's layers from the first on, the fusion network its last ones; the
-    decoder's head and the masked-language head are BERT's own. Cross-attention, projections, matching head and width
-    bridge keep their random values; the report lists them as missing.
+    The image encoder takes CLIP's, with its position table interpolated. Of a BERT or RoBERTa, mPLUG's text encoder
+    and decoder take the layers from the first on, its fusion network the last ones; the decoder's head and the
+    masked-language head are BERT's own. BridgeTower's text encoder takes the layers from the first on, and so does its
+    decoder, if it has one, with the head. What no part fills keeps its random values (cross-attention, projections,
+    matching head; in BridgeTower the whole fusion and the masked-language head); the report lists it as missing.
 
     Args:
         folders: at most one ``clip-vision`` and one ``bert`` folder.
-        zero_positions: set the image position table to zero, as a bug of the official code does
+        zero_positions: set the image position table to zero, as a bug of mPLUG's official code does
             (visual_transformers.py:45-51), instead of interpolating CLIP's.
 
     Raises:
         CheckpointError: a folder is not such a part, or its sizes are not the model's.
     """
+    if not isinstance(model, MPlug | BridgeTower):
+        raise CheckpointError("initialise", f"it is not known which parts a {model.model_type} starts from")
     if not folders:
         raise CheckpointError("initialise", "name at least one folder, of a CLIP image encoder or of a BERT")
     report, seen = Report(), set()
@@ -65,40 +74,45 @@ def initialise(model: MPlug, *folders: str | Path, zero_positions: bool = False)
     return report
 
 
-def _vision_names(model: MPlug, part: VisionTransformer, folder: str | Path) -> NameMap:
+def _vision_names(model: MPlug | BridgeTower, part: VisionTransformer, folder: str | Path) -> NameMap:
     ours, theirs = model.config.vision, part.config
-    for field in ("width", "layers", "heads", "patch", "activation"):
+    for field in ("width", "layers", "heads", "patch", "activation", "stem"):
         _agree(f"the image encoder's {field}", getattr(ours, field), getattr(theirs, field), folder)
     names = NameMap()
     for name in part.state_dict():
         target = f"vision.{name}"
-        resized = positions(target, name, ours.image_size // ours.patch)
+        resized = positions(target, name, ours.image_size // ours.patch, ours.interpolation)
         names.add(resized if name == "position_embedding" else rename(target, name))
     return names
 
 
-def _bert_names(model: MPlug, part: Bert, folder: str | Path) -> NameMap:
+def _bert_names(model: MPlug | BridgeTower, part: Bert, folder: str | Path) -> NameMap:
     config, text = model.config, part.config.text
-    for field in ("vocab_size", "width", "heads", "ffn", "max_positions"):
+    for field in ("vocab_size", "width", "heads", "ffn", "max_positions", "first_position"):
         _agree(f"the text side's {field}", getattr(config.text, field), getattr(text, field), folder)
-    deepest = max(config.text_layers, config.fusion_layers, config.decoder_layers)
+    own_fusion = config.fusion_layers if isinstance(model, MPlug) else 0
+    deepest = max(config.text_layers, own_fusion, config.decoder_layers)
     if part.config.layers < deepest:
         raise CheckpointError(folder, f"has {part.config.layers} layers; the model's deepest stack has {deepest}")
     names = NameMap()
-    names.add(
-        _same("text.embeddings", "encoder.embeddings", part), _same("decoder.embeddings", "encoder.embeddings", part)
-    )
-    names.add(rename("masked_head.word.weight", "encoder.embeddings.word.weight"))
-    for i in range(config.text_layers):
-        names.add(_same(f"text.blocks.{i}", f"encoder.blocks.{i}", part))
-    for i in range(config.decoder_layers):
-        names.add(_same(f"decoder.blocks.{i}", f"encoder.blocks.{i}", part))
-    first = part.config.layers - config.fusion_layers
-    for name, number in _fusion_blocks(model):
-        names.add(_same(name, f"encoder.blocks.{first + number}", part))
-    if part.head is not None:
-        names.add(_same("decoder.head", "head", part), _same("masked_head.head", "head", part))
+    names.add(_stack("text", config.text_layers, part))
+    if model.decoder is not None:
+        names.add(_stack("decoder", config.decoder_layers, part), _same("decoder.head", "head", part))
+    if isinstance(model, MPlug):
+        names.add(rename("masked_head.word.weight", "encoder.embeddings.word.weight"))
+        names.add(_same("masked_head.head", "head", part))
+        first = part.config.layers - config.fusion_layers
+        for name, number in _fusion_blocks(model):
+            names.add(_same(name, f"encoder.blocks.{first + number}", part))
     return names
+
+
+def _stack(target: str, layers: int, part: Bert) -> list[Rule]:
+    """Embeddings and the first layers."""
+    rules = _same(f"{target}.embeddings", "encoder.embeddings", part)
+    for i in range(layers):
+        rules += _same(f"{target}.blocks.{i}", f"encoder.blocks.{i}", part)
+    return rules
 
 
 def _fusion_blocks(model: MPlug) -> Iterator[tuple[str, int]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from triptych.data.batches import ImageTextBatch, PretrainingBatch, Tokens, stable_id
 from triptych.data.loader import seeded
 from triptych.data.pictures import show, stack
-from triptych.data.samples import BrokenSample, Record, pre_caption
+from triptych.data.samples import BrokenSample, Cleaning, Record, clean_caption
 from triptych.data.tokenizers import Tokenizer
 from triptych.data.transforms import FrameChoice, Transform
 
@@ -44,8 +44,7 @@ class ImageTextPipeline:
         end: whether texts end with the end token (a caption to generate does; a text to encode does where the model's
             ``ends_texts`` says so).
         prompt: put before every caption.
-        clean: strip punctuation as for texts to encode (``pre_caption``); captions to generate are only lower-cased
-            (caption_mplug.py).
+        cleaning: of the captions. Those to encode are cleaned as the model says; those to generate are in lower case.
         max_words, max_tokens: longer captions are cut (official: 30 words; 25 tokens in ALBEF's code).
     """
 
@@ -55,12 +54,13 @@ class ImageTextPipeline:
     max_tokens: int = 32
     end: bool = False
     prompt: str = ""
-    clean: bool = True
+    cleaning: Cleaning = "words"
     frames: FrameChoice = field(default_factory=FrameChoice)
 
     def prepare(self, record: Record, seed: int) -> Example:
         """Decode, transform, and choose a caption."""
-        captions = tuple(text for text in map(self._text, record.captions) if text)
+        cleaned = (clean_caption(caption, self.cleaning, self.max_words) for caption in record.captions)
+        captions = tuple(caption for caption in cleaned if caption)
         if not captions:
             raise BrokenSample(record.key, "it has no caption")
         with seeded(seed):
@@ -70,11 +70,6 @@ class ImageTextPipeline:
         light = Record(record.key, None, record.captions, record.image_id, record.extra)
         ordered = (captions[first], *captions[:first], *captions[first + 1 :])
         return Example(light, pixels, ordered, stable_id(record.image_id), uniform)
-
-    def _text(self, caption: str) -> str:
-        if self.clean:
-            return pre_caption(caption, self.max_words)
-        return " ".join(caption.lower().split()[: self.max_words])
 
     def tokens(self, texts: Sequence[str], end: bool) -> Tokens:
         """Token ids of some texts."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import numpy as np
@@ -179,6 +179,19 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
 
 _DROPPED = re.compile(r"[,.'!?\"()*#:;~]")
 _RUNS = re.compile(r"\s{2,}")
+
+
+Cleaning = Literal["words", "lower", "none"]
+"""What is done to a caption: :func:`pre_caption`; lower case (captions to generate, caption_mplug.py); or nothing."""
+
+
+def clean_caption(text: str, cleaning: Cleaning, max_words: int = 30) -> str:
+    """A caption, cleaned and cut after `max_words` words."""
+    if cleaning == "words":
+        return pre_caption(text, max_words)
+    text = text.lower() if cleaning == "lower" else text
+    words = text.split()
+    return text.strip() if cleaning == "none" and len(words) <= max_words else " ".join(words[:max_words])
 
 
 def pre_caption(text: str, max_words: int = 30) -> str:

@@ -5,8 +5,9 @@ Shapes: B batch, L tokens of the longest text of the batch.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -103,9 +104,10 @@ class Tokenizer:
         return ids_BL, mask_BL
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """The text of one sequence of ids: special tokens left out, word pieces and punctuation joined.
+        """The text of one sequence of ids, without special tokens and without white space around it.
 
-        It reads to the end: cut the ids first if they go on after the end token.
+        Word pieces are joined, and punctuation with the word before it; bytes are read as they are. It reads to the
+        end: cut the ids first if they go on after the end token.
         """
         numbers = [int(index) for index in ids]
         foreign = [index for index in numbers if not 0 <= index < self.vocab_size]
@@ -157,6 +159,91 @@ def wordpiece_from_vocab(path: str | Path, *, lowercase: bool = True) -> Tokeniz
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file with one word piece a line: {error}") from error
     return _wordpiece(pieces, str(path), lowercase)
+
+
+def byte_level_from_files(vocabulary: str | Path, merges: str | Path) -> Tokenizer:
+    """A RoBERTa tokenizer from its vocab.json (tokens and ids) and merges.txt (one pair a line, in order).
+
+    Bytes are merged within words, a space belongs to the word that follows it, none is put before the text, and
+    `<mask>` takes the space before it: roberta-base's (transformers ``RobertaTokenizer``).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the files are not such a vocabulary, or do not belong together.
+    """
+    vocabulary, merges = _existing(vocabulary), _existing(merges)
+    ids = _byte_level_ids(vocabulary)
+    backend = tokenizers.Tokenizer(models.BPE(ids, _merges(merges, ids, vocabulary)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False, lstrip=token == ROBERTA.mask)
+            for token in sorted(astuple(ROBERTA), key=ids.__getitem__)
+        ]
+    )
+    return Tokenizer(backend)
+
+
+def _byte_level_ids(path: Path) -> dict[str, int]:
+    """The tokens of a vocab.json, checked."""
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a vocab.json: {error}") from error
+    if not isinstance(ids, dict) or any(type(index) is not int for index in ids.values()):
+        raise ValueError(f"{path} is not a vocab.json, which has an id for each token")
+    missing = [token for token in astuple(ROBERTA) if token not in ids]
+    if missing:
+        raise ValueError(f"{path} is not a RoBERTa vocabulary: it lacks {', '.join(missing)}")
+    bytes_missing = [letter for letter in pre_tokenizers.ByteLevel.alphabet() if letter not in ids]
+    if bytes_missing:  # the library would leave these out of texts without a word
+        raise ValueError(f"{path} is not a byte-level vocabulary: it lacks {len(bytes_missing)} of the 256 bytes")
+    if sorted(ids.values()) != list(range(len(ids))):
+        raise ValueError(f"{path}: the ids of its {len(ids)} tokens are not 0 to {len(ids) - 1}, each once")
+    return ids
+
+
+def _merges(path: Path, ids: Mapping[str, int], vocabulary: Path) -> list[tuple[str, str]]:
+    """The pairs of a merges.txt, checked against the vocabulary."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file with one merge a line: {error}") from error
+    pairs = []
+    for number, line in enumerate(lines, start=1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        left, _, right = line.partition(" ")
+        if not left or not right or " " in right:
+            raise ValueError(f"{path}: line {number} is not two tokens: {line[:60]!r}")
+        unknown = next((token for token in (left, right, left + right) if token not in ids), None)
+        if unknown is not None:
+            raise ValueError(f"{path}: line {number} needs the token {unknown!r}, which {vocabulary.name} lacks")
+        pairs.append((left, right))
+    return pairs
+
+
+VOCABULARY_FILES = ("vocab.txt", "tokenizer.json", "vocab.json")
+"""What :func:`open_tokenizer` looks for in a folder, in this order."""
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """A ``tokenizer.json``, BERT's ``vocab.txt``, RoBERTa's ``vocab.json`` beside its ``merges.txt``, or their folder.
+
+    Raises:
+        FileNotFoundError: no such file, or none in the folder.
+        ValueError: the file is not a tokenizer, or of another family.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = next((path / name for name in VOCABULARY_FILES if (path / name).is_file()), None)
+        if found is None:
+            raise FileNotFoundError(f"no tokenizer file in {path}: it has none of {', '.join(VOCABULARY_FILES)}")
+        path = found
+    if path.name.endswith("vocab.json"):  # "roberta-vocab.json" has "roberta-merges.txt"
+        return byte_level_from_files(path, path.with_name(path.name.replace("vocab.json", "merges.txt")))
+    return Tokenizer.load(path) if path.suffix == ".json" else wordpiece_from_vocab(path)
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int, *, lowercase: bool = True) -> Tokenizer:

@@ -11,14 +11,16 @@ and models, which say how they want their pictures, import this file.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
 from torch import Tensor
+
+from triptych.data.augmentations import Augmentation, RandomAugment
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -30,21 +32,9 @@ Transform = Callable[[Image.Image], Tensor]
 """RGB picture of any size -> uint8 tensor (C, image_size, image_size)."""
 
 FrameRule = Literal["uniform", "official"]
+Resize = Literal["squash", "crop", "port"]
 
-Operation = Literal[
-    "Identity",
-    "AutoContrast",
-    "Equalize",
-    "Brightness",
-    "Sharpness",
-    "ShearX",
-    "ShearY",
-    "TranslateX",
-    "TranslateY",
-    "Rotate",
-]
-OPERATIONS: tuple[Operation, ...] = get_args(Operation)
-GREY = (128, 128, 128)
+_MPLUG = RandomAugment()
 
 
 def normalize(
@@ -80,15 +70,16 @@ class Preprocessing:
     Attributes:
         image_size: height and width in pixels.
         mean, std: of each colour, for pixels in 0..1.
-        resize: what evaluation does with other aspect ratios: "squash" to a square (mPLUG, ALBEF, EVE), or
-            scale the shorter side and "crop" the centre (CLIP, BridgeTower's pre-training).
+        resize: what evaluation does with other aspect ratios: "squash" to a square (mPLUG, ALBEF, EVE, BridgeTower's
+            fine-tuning), or scale the shorter side and "crop" the centre (CLIP, BridgeTower's pre-training). "port" is
+            what transformers does for BridgeTower, :func:`as_the_port`: only to reproduce its numbers.
         frames: what is seen of a video.
     """
 
     image_size: int
     mean: Triple = CLIP_MEAN
     std: Triple = CLIP_STD
-    resize: Literal["squash", "crop"] = "squash"
+    resize: Resize = "squash"
     frames: FrameChoice = field(default_factory=FrameChoice)
 
     def __post_init__(self) -> None:
@@ -96,8 +87,8 @@ class Preprocessing:
             raise ValueError(f"image_size must be at least 1, got {self.image_size}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean and std must be three numbers, std above 0; got {self.mean} and {self.std}")
-        if self.resize not in ("squash", "crop"):
-            raise ValueError(f"resize must be 'squash' or 'crop', got {self.resize!r}")
+        if self.resize not in get_args(Resize):
+            raise ValueError(f"resize must be one of {', '.join(get_args(Resize))}, got {self.resize!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
@@ -118,18 +109,25 @@ class Preprocessing:
         """The transform of evaluation: the whole picture, nothing random."""
         from torchvision.transforms import v2
 
+        if self.resize == "port":
+            return partial(as_the_port, image_size=self.image_size)
         return v2.Compose([*self._whole(), to_tensor])
 
     def train_transform(
-        self, scale: tuple[float, float] | None = (0.2, 1.0), augment: bool = True, flip: bool = True
+        self,
+        scale: tuple[float, float] | None = (0.2, 1.0),
+        augment: Augmentation | None = _MPLUG,
+        flip: bool = True,
     ) -> Transform:
-        """The transform of training (mPLUG dataset/__init__.py).
+        """The transform of training (mPLUG dataset/__init__.py; microsoft/BridgeTower src/transforms/transform.py).
 
         Args:
-            scale: range of the random crop's share of the picture: (0.2, 1.0) in pre-training, (0.5, 1.0) in
-                fine-tuning; None keeps the whole picture, resized as in evaluation.
-            augment: RandomAugment with 2 operations of magnitude 7.
-            flip: mirror every second picture; not where texts say left and right.
+            scale: range of the random crop's share of the picture: (0.2, 1.0) in mPLUG's pre-training, (0.5, 1.0) in
+                fine-tuning; None keeps the whole picture, resized as in evaluation ("port": as "crop").
+            augment: what is done to colours and geometry, after crop and flip: mPLUG's RandomAugment(2, 7);
+                RandomAugment(2, 5) for BridgeTower's VQA (``blip_randaug_wohf``), RandAugment(2, 7) for its other
+                fine-tunings (``blip_randaug_wc``), None in its pre-training.
+            flip: mirror every second picture; not where texts say left and right, and not in BridgeTower's VQA.
         """
         from torchvision.transforms import v2
 
@@ -141,8 +139,8 @@ class Preprocessing:
             raise ValueError(f"scale must be (smallest, largest) with 0 < smallest <= largest <= 1: {scale}")
         if flip:
             steps.append(v2.RandomHorizontalFlip())
-        if augment:
-            steps.append(RandomAugment())
+        if augment is not None:
+            steps.append(augment)
         return v2.Compose([*steps, to_tensor])
 
     def normalize(self, pixels_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -166,83 +164,20 @@ def to_tensor(image: Image.Image) -> Tensor:
     return functional.pil_to_tensor(image).contiguous()
 
 
-@dataclass(frozen=True)
-class RandomAugment:
-    """ALBEF's and mPLUG's RandomAugment(N, M) on an RGB picture (their dataset/randaugment.py).
+def as_the_port(image: Image.Image, image_size: int) -> Tensor:
+    """RGB picture -> uint8 tensor (C, image_size, image_size), as transformers' BridgeTowerImageProcessor makes it.
 
-    `count` operations are drawn with replacement from `operations`, and each is applied with probability
-    `probability` at `level` of 0..10; geometric ones take a random sign and fill with grey. torchvision's own
-    RandAugment has other operations and magnitudes.
-    """
-
-    count: int = 2
-    level: float = 7
-    operations: tuple[Operation, ...] = OPERATIONS
-    probability: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.level <= 10:
-            raise ValueError(f"level must be in 0..10, got {self.level}")
-        if not set(self.operations) <= set(OPERATIONS) or not self.operations:
-            raise ValueError(f"operations must be among {OPERATIONS}, got {self.operations}")
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        for _ in range(self.count):
-            operation = self.operations[int(torch.randint(len(self.operations), ()))]
-            if torch.rand(()) < self.probability:
-                sign = 1 if torch.rand(()) < 0.5 else -1
-                image = augment(image, operation, self.level, sign)
-        return image
-
-
-def augment(image: Image.Image, operation: Operation, level: float, sign: int = 1) -> Image.Image:
-    """One operation of RandomAugment at `level` of 0..10; `sign` turns the geometric ones round."""
-    from torchvision.transforms.v2 import functional
-
-    share = level / 10
-    match operation:
-        case "Identity":
-            return image
-        case "AutoContrast":
-            return functional.autocontrast(image)
-        case "Equalize":
-            return functional.equalize(image)
-        case "Brightness":
-            return functional.adjust_brightness(image, share * 1.8 + 0.1)
-        case "Sharpness":
-            return functional.adjust_sharpness(image, share * 1.8 + 0.1)
-        case "ShearX":
-            return _affine(image, shear=(-sign * share * 0.3, 0))
-        case "ShearY":
-            return _affine(image, shear=(0, -sign * share * 0.3))
-        case "TranslateX":
-            return _affine(image, translate=(-sign * share * 10, 0))
-        case "TranslateY":
-            return _affine(image, translate=(0, -sign * share * 10))
-        case "Rotate":
-            return _affine(image, -sign * share * 30, origin=(image.width / 2, image.height / 2))
-
-
-def _affine(
-    image: Image.Image,
-    angle: float = 0.0,
-    translate: tuple[float, float] = (0, 0),
-    shear: tuple[float, float] = (0, 0),
-    origin: tuple[float, float] = (0, 0),
-) -> Image.Image:
-    """`angle` in degrees clockwise and `shear` as slopes, about the pixel whose centre is `origin`.
-
-    OpenCV, which the official code uses, counts from pixel centres and Pillow from corners, hence the halves.
+    The shorter side becomes `image_size` and the longer at most 1333/800 of it; both are squeezed to multiples of 32,
+    and the centre is cropped. So most pictures lose their aspect, and those longer than 5:3 leave a part of the square
+    black: the published weights were not trained with this. A side that would vanish, where transformers fails, keeps
+    32 pixels.
     """
     from torchvision.transforms.v2 import InterpolationMode, functional
 
-    return functional.affine(
-        image,
-        angle,
-        translate,
-        scale=1.0,
-        shear=[math.degrees(math.atan(slope)) for slope in shear],
-        interpolation=InterpolationMode.BILINEAR,
-        fill=GREY,
-        center=[pixel + 0.5 for pixel in origin],
-    )
+    scale = image_size / min(image.height, image.width)
+    height, width = scale * image.height, scale * image.width
+    shrink = min(1.0, int(1333 / 800 * image_size) / max(height, width))
+    height, width = (max(32, int(side * shrink + 0.5) // 32 * 32) for side in (height, width))
+    pixels_CHW = functional.resize(to_tensor(image), [height, width], InterpolationMode.BICUBIC, antialias=True)
+    top, left = (int((side - image_size) / 2) for side in (height, width))
+    return functional.crop(pixels_CHW, top, left, image_size, image_size).contiguous()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -290,7 +290,7 @@ class BridgedFusion(nn.Module):
         """
         image_BND, text_BLD = self.image_norm(image.levels[0]), self.text_norm(text.levels[0])
         image_mask_BN = image.mask_BL
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(cast(list[CoAttentionLayer], list(self.layers))):
             if 0 < number < self.bridged:
                 own_BND = image.levels[number] if image_rows_B is None else image.levels[number][image_rows_B]
                 bridge, kept = self.image_bridges[number - 1], self.checkpointing
@@ -327,6 +327,7 @@ class BridgeTower(VisionLanguageModel):
 
     model_type: ClassVar[str] = "bridgetower"
     ends_texts: ClassVar[bool] = True
+    cleaning: ClassVar[Literal["words", "none"]] = "none"  # RoBERTa's words have case and punctuation
     parts: ClassVar[Mapping[Part, tuple[str, ...]]] = {
         "image": ("vision",),
         "text": ("text",),

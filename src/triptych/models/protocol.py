@@ -147,6 +147,8 @@ class VisionLanguageModel(nn.Module, ABC):
     """Which attributes each use of the model needs; none has ``fused_image``, whose are those of ``fusion``."""
     ends_texts: ClassVar[bool] = False
     """Whether the texts it encodes end with the end token ("<s> a cat </s>"), or not ("[CLS] a cat")."""
+    cleaning: ClassVar[Literal["words", "none"]] = "words"
+    """What is done to the captions it encodes: as :func:`triptych.data.samples.clean_caption` says."""
     width: int
     pooled_width: int
     embed_dim: int

@@ -57,6 +57,19 @@ class TextIds:
     vocab_size: int
 
 
+def mask_text(text: Tokens, text_ids: TextIds, probability: float, noise: StepNoise) -> tuple[Tokens, Tensor]:
+    """The text with masked tokens, and a bool ``[B, L]`` of those that were chosen."""
+    ids_BL, chosen_BL = mask_tokens(
+        text.ids_BL,
+        noise.uniform(*text.ids_BL.shape, 3, device=text.ids_BL.device),
+        special=text_ids.special,
+        mask_id=text_ids.mask,
+        vocab_size=text_ids.vocab_size,
+        probability=probability,
+    )
+    return Tokens(ids_BL, text.mask_BL), chosen_BL & text.mask_BL
+
+
 class Pretraining(Alignment):
     """The model, its momentum teacher and the queue; one call is the forward pass of one step.
 
@@ -123,16 +136,8 @@ class Pretraining(Alignment):
         return {name: loss * weight for (name, loss), weight in zip(losses.items(), config.weights, strict=True)}
 
     def _mask(self, text: Tokens, noise: StepNoise) -> tuple[Tokens, Tensor]:
-        """The text with masked tokens, and which were chosen."""
-        ids_BL, chosen_BL = mask_tokens(
-            text.ids_BL,
-            noise.uniform(*text.ids_BL.shape, 3, device=text.ids_BL.device),
-            special=self.text_ids.special,
-            mask_id=self.text_ids.mask,
-            vocab_size=self.text_ids.vocab_size,
-            probability=self.config.mlm_probability,
-        )
-        return Tokens(ids_BL, text.mask_BL), chosen_BL & text.mask_BL
+        """As :func:`mask_text`."""
+        return mask_text(text, self.text_ids, self.config.mlm_probability, noise)
 
     def _masked_loss(
         self, fused: Fused, fused_m: Fused | None, text: Tokens, chosen_BL: Tensor, alpha: float

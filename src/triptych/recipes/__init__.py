@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from triptych.recipes import flickr8k, mplug, shapes, small, unimodal
+from triptych.recipes import bridgetower, flickr8k, mplug, shapes, small, unimodal
 from triptych.training.runs import Recipe
 
 PRETRAINING: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
@@ -13,8 +13,12 @@ PRETRAINING: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
         "mplug_base_4m": mplug.mplug_base_4m,
         "mplug_base_14m": mplug.mplug_base_14m,
         "mplug_large_14m": mplug.mplug_large_14m,
+        "bridgetower_base": bridgetower.bridgetower_base,
+        "bridgetower_large": bridgetower.bridgetower_large,
         "flickr8k": flickr8k.flickr8k,
+        "flickr8k_bridgetower": flickr8k.flickr8k_bridgetower,
         "shapes_tiny": shapes.shapes_tiny,
+        "shapes_tiny_bridgetower": shapes.shapes_tiny_bridgetower,
     }
 )
 
@@ -24,6 +28,7 @@ CAPTIONING: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
         "coco_large": mplug.caption_coco_large,
         "coco_base_self_critical": mplug.self_critical_coco_base,
         "coco_large_self_critical": mplug.self_critical_coco_large,
+        "bridgetower_coco_base": bridgetower.bridgetower_caption_coco_base,
         "flickr8k": flickr8k.caption_flickr8k,
         "flickr8k_self_critical": small.self_critical_flickr8k,
         "shapes_tiny": shapes.caption_shapes_tiny,
@@ -37,6 +42,9 @@ RETRIEVAL: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
         "coco_large": mplug.retrieval_coco_large,
         "flickr30k_base": mplug.retrieval_flickr30k_base,
         "flickr30k_large": mplug.retrieval_flickr30k_large,
+        "bridgetower_coco_base": bridgetower.bridgetower_coco_base,
+        "bridgetower_flickr30k_base": bridgetower.bridgetower_flickr30k_base,
+        "bridgetower_flickr30k_base_itm": bridgetower.bridgetower_flickr30k_base_itm,
         "flickr8k": flickr8k.retrieval_flickr8k,
         "flickr8k_itm": flickr8k.retrieval_itm_flickr8k,
         "shapes_tiny": shapes.retrieval_shapes_tiny,
@@ -48,9 +56,14 @@ VQA: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
     {
         "vqa_v2_base": mplug.vqa_v2_base,
         "vqa_v2_large": mplug.vqa_v2_large,
+        "bridgetower_vqa_v2_base": bridgetower.bridgetower_vqa_v2_base,
+        "bridgetower_vqa_v2_large": bridgetower.bridgetower_vqa_v2_large,
+        "bridgetower_vqa_v2_base_scratch": bridgetower.bridgetower_vqa_v2_base_scratch,
+        "bridgetower_vqa_v2_large_scratch": bridgetower.bridgetower_vqa_v2_large_scratch,
         "easy_vqa": small.easy_vqa,
         "daquar": small.daquar,
         "shapes_tiny": shapes.vqa_shapes_tiny,
+        "shapes_tiny_classify": shapes.vqa_shapes_tiny_classify,
     }
 )
 
@@ -58,6 +71,7 @@ ENTAILMENT: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
     {
         "snli_ve_base": mplug.snli_ve_base,
         "snli_ve_large": mplug.snli_ve_large,
+        "bridgetower_snli_ve_base": bridgetower.bridgetower_snli_ve_base,
         "snli_ve_flickr8k": small.snli_ve_flickr8k,
         "shapes_tiny": shapes.entailment_shapes_tiny,
     }
@@ -67,6 +81,7 @@ GROUNDING: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
     {
         "refcoco_base": mplug.refcoco_base,
         "refcoco_large": mplug.refcoco_large,
+        "bridgetower_refcoco_base": bridgetower.bridgetower_refcoco_base,
         "nlvr_boxes": small.nlvr_boxes,
         "coco_boxes": small.coco_boxes,
         "shapes_tiny": shapes.grounding_shapes_tiny,
@@ -77,6 +92,7 @@ NLVR2: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
     {
         "nlvr2_base": mplug.nlvr2_base,
         "nlvr2_large": mplug.nlvr2_large,
+        "bridgetower_nlvr2_base": bridgetower.bridgetower_nlvr2_base,
         "nlvr": small.nlvr,
         "shapes_tiny": shapes.nlvr2_shapes_tiny,
     }

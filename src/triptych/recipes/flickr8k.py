@@ -44,7 +44,10 @@ def flickr8k() -> Recipe:
 
 
 def flickr8k_bridgetower() -> Recipe:
-    """BridgeTower-small, with a decoder, pre-trained as :func:`flickr8k`."""
+    """BridgeTower-small, with a decoder, pre-trained as :func:`flickr8k`.
+
+    Command: that of :func:`flickr8k` with this name. Hardware: two CPU cores. Expect: it has not been run to its end.
+    """
     return replace(flickr8k(), name="flickr8k_bridgetower", model=MODELS["bridgetower"].sizes["small"])
 
 

@@ -40,7 +40,7 @@ def shapes_tiny() -> Recipe:
         data=DataConfig(
             preprocessing=Preprocessing(48, HALF, HALF),
             scale=None,
-            augment=False,
+            augment=None,
             flip=False,
             max_words=_WORDS,
             max_tokens=_WORDS + 2,
@@ -59,8 +59,8 @@ def shapes_tiny_bridgetower() -> Recipe:
     """BridgeTower-tiny, with a decoder, pre-trained as :func:`shapes_tiny`.
 
     Command: ``python -m triptych.demo --model bridgetower``, or that of :func:`shapes_tiny` with this recipe's name.
-    Its paper pre-trains without ITC and PrefixLM; with the same objectives the two networks can be compared, and
-    BridgeTower can write.
+    Hardware: two CPU cores. Expect: what ``benchmarks/results/tasks_bridgetower.json`` holds. The paper pre-trains
+    without ITC and PrefixLM; with the same objectives the two networks can be compared, and BridgeTower can write.
     """
     return replace(shapes_tiny(), name="shapes_tiny_bridgetower", model=MODELS["bridgetower"].sizes["tiny"])
 

@@ -38,7 +38,7 @@ def cifar_base() -> Recipe:
         data=DataConfig(
             preprocessing=Preprocessing(224, resize="crop"),
             scale=None,
-            augment=False,
+            augment=None,
             flip=False,
             evaluate_limit=0,
             window=5,

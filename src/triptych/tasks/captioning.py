@@ -83,7 +83,7 @@ class Captioning(Task):
             max_tokens,
             end=True,
             prompt=self.config.start,
-            clean=False,
+            cleaning="lower",
             frames=self.preprocessing.frames,
         )
 

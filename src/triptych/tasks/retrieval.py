@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from triptych.data.samples import Record, pre_caption
+from triptych.data.samples import Record, clean_caption
 from triptych.data.tokenizers import Tokenizer
 from triptych.data.transforms import Preprocessing
 from triptych.metrics.ranking import candidate_ranks, recall_summary
@@ -97,7 +97,7 @@ def encode_collection(
         # A list may have one record a caption: a picture is encoded once all the same.
         new = [row for row, record in enumerate(some) if _is_new(record.image_id, number_of)]
         for record in some:
-            text += [pre_caption(caption, config.max_words) for caption in record.captions]
+            text += [clean_caption(caption, model.cleaning, config.max_words) for caption in record.captions]
             owners += [number_of[record.image_id]] * len(record.captions)
         pixels = torch.full_like(pixels, 128) if blank else pixels
         if not new:

@@ -210,7 +210,8 @@ class Trainer:
             parts.append({name: loss.detach() for name, loss in losses.items()})
             measured.append(getattr(self.task, "measures", {}))
             clock.samples += len(batch) * self.process.world
-        norm = nn.utils.clip_grad_norm_(self.task.parameters(), self.optim.clip)
+        largest = math.inf if self.optim.clip is None else self.optim.clip
+        norm = nn.utils.clip_grad_norm_(self.task.parameters(), largest)
         means, measures = _means(parts), _means(measured)
         self._check_finite(means, float(norm))
         self.optimizer.step()

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+
+from triptych.models.protocol import VisionLanguageModel
+
+Group = Literal["base", "fusion", "head", "vision"]
+_GROUPS: tuple[Group, ...] = get_args(Group)
 
 
 @dataclass(frozen=True)
@@ -16,29 +21,37 @@ class OptimConfig:
     """The optimiser and its schedule; the defaults are mPLUG-base's pre-training (X-PLUG/mPLUG configs, paper 5.1).
 
     Attributes:
-        lr: peak of everything but the vision encoder.
+        lr: peak of everything that has no rate of its own.
         vision_lr: peak of the vision encoder; ``None`` for the same as ``lr``.
+        fusion_lr: peak of what joins both encoders: projections to the fusion, its layers, bridges and poolers, and a
+            decoder, whose layers are of the same kind; ``None`` for the same as ``lr``. What BridgeTower's official
+            code gives as a multiplier (``lr_mult_cross_modal``) is a rate here.
+        head_lr: peak of the heads of pre-training and of tasks; ``None`` for the same as ``lr``. Type vectors, the
+            temperature and METER's gates stay at ``lr`` (officially, too: meter_utils.py:265-356).
         warmup_lr: where the linear warm-up starts, for all groups.
         warmup_steps: its length.
         schedule: after the warm-up a cosine to ``min_lr``, every step (``cosine``) or held constant within an epoch
             as mPLUG's scheduler does (``epoch_cosine``); or a straight line to it (``linear``, BridgeTower and EVE).
         decay: which parameters get no weight decay: biases, norms and single vectors (``matrices``), or exactly what
             the official grouping spares (``official``): names with "bias" or "LayerNorm.weight", so that CLIP's norms,
-            the class token, position tables and the temperature are decayed (optim/optim_factory.py:154-184).
+            the class token, position tables and the temperature are decayed (mPLUG's optim/optim_factory.py:154-184),
+            and the norm in a classifier of a task (BridgeTower's meter_utils.py:269).
         muon_lr: peak of Muon, which then takes the matrices of the layers; embeddings, convolutions, norms and biases
             stay with AdamW. From nothing it needs a fraction of AdamW's steps. ``None``, as the papers: AdamW alone.
-        clip: gradient norm is cut to this.
+        clip: gradient norm is cut to this; ``None`` for never (BridgeTower).
     """
 
     lr: float = 1e-4
     vision_lr: float | None = 1e-5
+    fusion_lr: float | None = None
+    head_lr: float | None = None
     min_lr: float = 1e-6
     warmup_lr: float = 1e-6
     warmup_steps: int = 2000
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    clip: float = 1.0
+    clip: float | None = 1.0
     schedule: Literal["cosine", "epoch_cosine", "linear"] = "cosine"
     decay: Literal["matrices", "official"] = "matrices"
     muon_lr: float | None = None
@@ -83,23 +96,26 @@ class Optimizers:
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> Optimizers:
     """AdamW, and Muon where ``muon_lr`` is set, over the trainable parameters in groups by learning rate and decay."""
-    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    group_of = _groups(module)
+    rates = {"base": None, "fusion": config.fusion_lr, "head": config.head_lr, "vision": config.vision_lr}
+    groups: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             by_muon = config.muon_lr is not None and parameter.dim() == 2 and not _is_table(name)
-            groups.setdefault((by_muon, "vision." in name, _decays(name, parameter, config)), []).append(parameter)
-    vision_share = 1.0 if config.vision_lr is None else config.vision_lr / config.lr
+            group = group_of[name] if group_of[name] == "vision" or rates[group_of[name]] is not None else "base"
+            key = (by_muon, _GROUPS.index(group), _decays(name, parameter, config))
+            groups.setdefault(key, []).append(parameter)
 
     def described(muon: bool) -> list[dict[str, Any]]:
-        rate = config.muon_lr if muon and config.muon_lr is not None else config.lr
+        of_all = config.muon_lr if muon and config.muon_lr is not None else config.lr
         return [
             {
                 "params": parameters,
-                "lr": (peak := rate * (vision_share if vision else 1.0)),
+                "lr": (peak := of_all if (rate := rates[_GROUPS[number]]) is None else of_all * (rate / config.lr)),
                 "peak_lr": peak,
                 "weight_decay": config.weight_decay if decays else 0.0,
             }
-            for (by_muon, vision, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+            for (by_muon, number, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
             if by_muon == muon
         ]
 
@@ -109,6 +125,37 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> Optimizers:
     if config.muon_lr is not None:
         parts.append(torch.optim.Muon(described(muon=True), lr=config.muon_lr))
     return Optimizers(*parts)
+
+
+def _groups(module: nn.Module) -> dict[str, Group]:
+    """Which group each parameter is of, by its name."""
+    models = {
+        f"{name}." if name else "": model
+        for name, model in module.named_modules()
+        if isinstance(model, VisionLanguageModel)
+    }
+    return {name: _group(name, models) for name, _ in module.named_parameters()}
+
+
+def _group(name: str, models: Mapping[str, VisionLanguageModel]) -> Group:
+    """``models`` by what the names of their parameters start with."""
+    if "vision." in name:
+        return "vision"
+    if not models or _is_single(name):
+        return "base"
+    start = next((start for start in models if name.startswith(start)), None)
+    if start is None:  # of a task: a head, or attention to a second picture
+        return "fusion" if name.startswith("second_attention.") else "head"
+    parts, child = models[start].parts, name.removeprefix(start).partition(".")[0]
+    used = {part for part, names in parts.items() if child in names}
+    if used & {"fusion", "pooled", "decoder"}:  # poolers are also a part of matching
+        return "fusion"
+    return "head" if used & {"matching", "embedding", "masked"} else "base"
+
+
+def _is_single(name: str) -> bool:
+    """Whether a parameter is at the base rate wherever it is: vectors of types, the temperature, METER's gates."""
+    return name.rpartition(".")[2] in ("token_type", "picture_types", "temperature") or ".gate." in name
 
 
 def _is_table(name: str) -> bool:
@@ -124,7 +171,8 @@ def _is_added(name: str) -> bool:
 def _decays(name: str, parameter: nn.Parameter, config: OptimConfig) -> bool:
     if config.decay == "matrices":
         return parameter.dim() > 1 and not _is_added(name)
-    spared_norm = name.endswith("norm.weight") and "vision." not in name and "bridge." not in name
+    decayed_norm = "vision." in name or "bridge." in name or name == "head.norm.weight"
+    spared_norm = name.endswith("norm.weight") and not decayed_norm
     return not (name.endswith("bias") or spared_norm)
 
 

@@ -16,16 +16,18 @@ from torch import nn
 from triptych.checkpoints.configs import from_json
 from triptych.checkpoints.folder import Loaded, load, save_folder
 from triptych.checkpoints.parts import initialise
+from triptych.data.augmentations import Augmentation, RandomAugment
 from triptych.data.loader import Loader
 from triptych.data.pictures import read_pictures
 from triptych.data.pipelines import ImageTextPipeline, PretrainingPipeline
-from triptych.data.samples import all_texts, pre_caption
+from triptych.data.samples import all_texts, clean_caption
 from triptych.data.sources import Source, open_source
-from triptych.data.tokenizers import Tokenizer, train_wordpiece, wordpiece_from_vocab
+from triptych.data.tokenizers import Tokenizer, open_tokenizer, train_wordpiece
 from triptych.data.transforms import Preprocessing
 from triptych.models import MODELS, ModelConfig, build, model_type_of
 from triptych.models.protocol import VisionLanguageModel
 from triptych.objectives.alignment import Alignment, AlignmentConfig
+from triptych.objectives.masked_matching import MaskedMatching, MaskedMatchingConfig
 from triptych.objectives.prefix_language import split_prefix
 from triptych.objectives.pretraining import Pretraining, PretrainingConfig, TextIds
 from triptych.objectives.ranking import RankingConfig, TextRanking
@@ -52,7 +54,8 @@ class DataConfig:
         splits, evaluate_splits: of Karpathy files.
         evaluate_limit: pictures that an evaluation during training looks at; 0 for all.
         scale: of the random crop; ``None`` keeps the whole picture.
-        augment: RandomAugment. ``flip``: mirror half of the pictures (not where texts say left and right).
+        augment: of colours and geometry, if any.
+        flip: mirror half of the pictures (not where texts say left and right).
         per_caption: an epoch has every caption of a picture, not one of them.
         window: shards that are shuffled together; two windows are in memory.
     """
@@ -65,7 +68,7 @@ class DataConfig:
     evaluate_limit: int = 1000
     preprocessing: Preprocessing = field(default_factory=lambda: Preprocessing(256))
     scale: tuple[float, float] | None = (0.2, 1.0)
-    augment: bool = True
+    augment: Augmentation | None = field(default_factory=RandomAugment)
     flip: bool = True
     max_words: int = 30
     max_tokens: int = 25
@@ -89,14 +92,15 @@ class Recipe:
         objective: its type decides what is trained: pre-training, retrieval (ITC and ITM, or ranking by
             ITM alone), or one of the tasks.
         model: sizes; with ``start`` those of the checkpoint are used.
-        start: a checkpoint folder to start from, or folders of parts (CLIP, BERT) that ``triptych convert`` made.
-        vocabulary: ``vocab.txt`` or ``tokenizer.json``; by default that of a part in ``start``, else a WordPiece of
-            ``model.text.vocab_size`` is trained on all texts of the data.
+        start: a checkpoint folder to start from, or folders of parts (CLIP, BERT, RoBERTa) that ``triptych convert``
+            made.
+        vocabulary: ``vocab.txt``, ``vocab.json`` (beside ``merges.txt``) or ``tokenizer.json``; by default that of a
+            part in ``start``, else a WordPiece of ``model.text.vocab_size`` is trained on all texts of the data.
         retrieval, captioning: how the model is evaluated.
     """
 
     name: str
-    objective: PretrainingConfig | AlignmentConfig | RankingConfig | TaskConfig
+    objective: PretrainingConfig | MaskedMatchingConfig | AlignmentConfig | RankingConfig | TaskConfig
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
@@ -255,8 +259,9 @@ def _tokenizer(recipe: Recipe, source: Source, folder: Path, process: Process) -
             return Tokenizer.load(beside)
     path = folder / "tokenizer.json"
     if not path.exists() and process.leads:
+        cleaning = MODELS[model_type_of(recipe.model)].model.cleaning
         texts = (
-            pre_caption(text, recipe.data.max_words)
+            clean_caption(text, cleaning, recipe.data.max_words)
             for record in islice(iter(source), _VOCABULARY_SAMPLE)
             for text in all_texts(record)
         )
@@ -269,11 +274,6 @@ def _tokenizer(recipe: Recipe, source: Source, folder: Path, process: Process) -
     return Tokenizer.load(path)
 
 
-def open_tokenizer(path: str | Path) -> Tokenizer:
-    """A ``tokenizer.json``, or BERT's ``vocab.txt``."""
-    return Tokenizer.load(path) if str(path).endswith(".json") else wordpiece_from_vocab(path)
-
-
 def _build_task(
     recipe: Recipe,
     model: VisionLanguageModel,
@@ -283,14 +283,17 @@ def _build_task(
     process: Process,
 ) -> nn.Module:
     pixels, objective, seed = recipe.data.preprocessing, recipe.objective, recipe.train.seed
+    ids = TextIds(tokenizer.pad_id, tokenizer.mask_id, tokenizer.special_ids, tokenizer.vocab_size)
+    matches_only = isinstance(objective, RankingConfig) or getattr(objective, "contrast", None) == "none"
+    if matches_only and recipe.retrieval.candidates == 0:
+        raise ValueError("this trains matching, and no embeddings: give retrieval.candidates, or it is not evaluated")
     if isinstance(objective, PretrainingConfig):
-        ids = TextIds(tokenizer.pad_id, tokenizer.mask_id, tokenizer.special_ids, tokenizer.vocab_size)
         return Pretraining(model, objective, ids, mean=pixels.mean, std=pixels.std, seed=seed)
+    if isinstance(objective, MaskedMatchingConfig):
+        return MaskedMatching(model, objective, ids, mean=pixels.mean, std=pixels.std, seed=seed)
     if isinstance(objective, AlignmentConfig):
         return Alignment(model, objective, mean=pixels.mean, std=pixels.std, seed=seed)
     if isinstance(objective, RankingConfig):
-        if recipe.retrieval.candidates == 0:
-            raise ValueError("ranking trains matching alone: give retrieval.candidates, or nothing trained is used")
         return TextRanking(model, objective, mean=pixels.mean, std=pixels.std, seed=seed)
     if isinstance(objective, SelfCriticalConfig) and recipe.data.per_caption:
         raise ValueError("self-critical training compares with all captions of a picture: set data.per_caption=False")
@@ -356,6 +359,7 @@ def _pipeline(recipe: Recipe, task: nn.Module, tokenizer: Tokenizer) -> Pipeline
             data.max_words,
             data.max_tokens,
             end=task.model.ends_texts,
+            cleaning=task.model.cleaning,
             frames=data.preprocessing.frames,
             split=split_prefix,
         )
@@ -366,6 +370,7 @@ def _pipeline(recipe: Recipe, task: nn.Module, tokenizer: Tokenizer) -> Pipeline
         data.max_words,
         data.max_tokens,
         end=task.model.ends_texts,
+        cleaning=task.model.cleaning,
         frames=data.preprocessing.frames,
     )
 
