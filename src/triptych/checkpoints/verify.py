@@ -14,16 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from triptych.checkpoints.beside import read_json
+from triptych.checkpoints.bridgetower import bridgetower_state
+from triptych.checkpoints.bridgetower_heads import CLASSIFIERS
 from triptych.checkpoints.building import build_with
 from triptych.checkpoints.configs import from_json
 from triptych.checkpoints.errors import CheckpointError
 from triptych.checkpoints.mplug import mplug_state
 from triptych.checkpoints.reading import Tensors, read_tensors
 from triptych.generation import BeamSearch, SpecialIds, generate
+from triptych.models.bridgetower import BridgeTower, BridgeTowerConfig
+from triptych.models.heads import ClassifierHead
 from triptych.models.mplug import MPlug, MPlugConfig
 from triptych.models.protocol import Encoded
 from triptych.models.text import TextConfig, TextDecoder
@@ -302,5 +306,79 @@ def _generated(
     return ids_BKL, scores_BK
 
 
-FAMILIES: dict[str, Callable[[Recording], Outputs]] = {"mplug": _mplug_outputs}
+def _bridgetower_outputs(recording: Recording) -> Outputs:
+    """Of the heads, those that the weights have."""
+    config = _bridgetower_config(recording)
+    left = dict.fromkeys(CLASSIFIERS, "a head of its own")
+    state, _ = bridgetower_state(recording.weights, config, recording.folder, left=left)
+    model = build_with(lambda: BridgeTower(config), state)
+    assert isinstance(model, BridgeTower)
+    image = model.encode_image(recording.input("image"))
+    text = model.encode_text(recording.input("input_ids"), recording.input("attention_mask").bool())
+    fused = model.fuse(image, text)
+    outputs: Outputs = {
+        "text_features": fused.text_BLD,
+        "image_features": fused.image_BND,
+        "pooled": fused.pooled_BP,
+    }
+    if "mlm_score.bias" in recording.weights:
+        outputs["mlm_logits"] = model.masked_logits(fused.text_BLD)
+    if "itm_score.fc.bias" in recording.weights:
+        outputs["itm_logits"] = model.match_logits(fused.pooled_BP)
+    if "itc_text_head.fc.bias" in recording.weights:
+        outputs["itc_text"], outputs["itc_image"] = model.embed_text(text), model.embed_image(image)
+    if "vqa_classifier.0.weight" in recording.weights:
+        outputs["vqa_logits"] = _classifier(recording, "vqa_classifier", config)(fused.pooled_BP)
+    return outputs
+
+
+def _bridgetower_config(recording: Recording) -> BridgeTowerConfig:
+    where = recording.folder / "config.json"
+
+    def part(name: str) -> dict[str, Any]:
+        values: dict[str, Any] = recording.value(recording.config, name, dict)
+        return values
+
+    def integer(values: Mapping[str, Any], name: str, inside: str) -> int:
+        value: int = recording.value(values, name, int, f"{inside}.")
+        return value
+
+    width = recording.value(recording.config, "width", int)
+    vision, text, fusion = part("vision"), dict(part("text")), part("cross_modal")
+    layers, pad = integer(text, "layers", "text"), integer(text, "pad", "text")
+    del text["layers"], text["pad"]
+    shared = {name: text.get(name) for name in ("heads", "ffn")}
+    if {name: fusion.get(name) for name in shared} != shared:
+        raise CheckpointError(where, f"cross_modal must have heads and ffn of text, {shared}")
+    try:
+        return BridgeTowerConfig(
+            from_json(VisionConfig, {**vision, "width": width, "interpolation": "bicubic"}, f"{where}: vision"),
+            from_json(TextConfig, {**text, "width": width, "first_position": pad + 1}, f"{where}: text"),
+            text_layers=layers,
+            fusion_layers=integer(fusion, "layers", "cross_modal"),
+            bridge=recording.value(recording.config, "bridge", str),
+            fusion_norm_eps=recording.value(fusion, "layer_norm_eps", float, "cross_modal."),
+            embed_dim=recording.value(recording.config, "embed_dim", int),
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(where, str(error)) from error
+
+
+def _classifier(recording: Recording, name: str, config: BridgeTowerConfig) -> nn.Module:
+    """A classifier of the weights, whose sizes config.json has."""
+    scale = recording.value(recording.config, "head_hidden_scale", float)
+    classes = recording.value(recording.config, "answers", int)
+    head = ClassifierHead(2 * config.text.width, classes, scale=scale)
+    parts = {"expand": 0, "norm": 1, "classify": 3}
+    tensors = {f"{part}.{kind}": f"{name}.{i}.{kind}" for part, i in parts.items() for kind in ("weight", "bias")}
+    lost = [official for official in tensors.values() if official not in recording.weights]
+    if lost:
+        raise CheckpointError(recording.folder, f"the weights have no {lost[0]}")
+    head.load_state_dict({ours: recording.weights[official] for ours, official in tensors.items()})
+    return head.eval()
+
+
+FAMILIES: dict[str, Callable[[Recording], Outputs]] = {"mplug": _mplug_outputs, "bridgetower": _bridgetower_outputs}
 """By config.json's ``model``."""
