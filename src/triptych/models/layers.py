@@ -175,6 +175,8 @@ class Attention(nn.Module):
             mask = mask & _causal_mask(query_BHLK.shape[2], keys_BHMK.shape[2], query_BHLK.device)
             causal = False
         dropout = self.dropout if self.training else 0.0
+        if not causal and _odd_keys_are_slow(query_BHLK, keys_BHMK):
+            keys_BHMK, values_BHMK, mask = _round_up(keys_BHMK, values_BHMK, mask)
         if not (self.explicit or _fused_is_slow(query_BHLK)):
             return F.scaled_dot_product_attention(
                 query_BHLK, keys_BHMK, values_BHMK, attn_mask=mask, dropout_p=dropout, is_causal=causal
@@ -202,6 +204,22 @@ class Attention(nn.Module):
 def _fused_is_slow(x: Tensor) -> bool:
     """In bf16 on a CPU the backward pass of the fused kernel takes three to five times as long as matrix products."""
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.requires_grad
+
+
+def _odd_keys_are_slow(query_BHLK: Tensor, keys_BHMK: Tensor) -> bool:
+    """In bf16 on a CPU the fused kernel takes 2.2 ms for 336 keys and 5.1 for 325: it wants a multiple of 16."""
+    on_cpu = query_BHLK.device.type == "cpu" and query_BHLK.dtype == torch.bfloat16 and not query_BHLK.requires_grad
+    return on_cpu and keys_BHMK.shape[2] % 16 != 0 and query_BHLK.shape[2] >= 128 <= keys_BHMK.shape[2]
+
+
+def _round_up(keys_BHMK: Tensor, values_BHMK: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values with padding that is not attended to."""
+    length = keys_BHMK.shape[2]
+    extra = -length % 16
+    if mask is None:
+        mask = torch.ones(1, 1, 1, length, dtype=torch.bool, device=keys_BHMK.device)
+    keys_BHMK, values_BHMK = (F.pad(x_BHMK, (0, 0, 0, extra)) for x_BHMK in (keys_BHMK, values_BHMK))
+    return keys_BHMK, values_BHMK, F.pad(mask, (0, extra))
 
 
 def _merge(x_BHLK: Tensor) -> Tensor:
