@@ -180,6 +180,15 @@ class Ours(nn.Module):
         pooled_BP = self.model.pool(image, whole, inputs.shown_B())
         return _loss(self.model.match_logits(pooled_BP), word_XV, inputs)
 
+    def two_passes_loss(self, inputs: Inputs) -> Tensor:
+        """The same with both encoders run for each objective: ``MaskedMatchingConfig(passes="two")``."""
+        first, second = (
+            (self.model.encode_image(given.pixels_BCHW), self.model.encode_text(given.ids_BL, given.mask_BL))
+            for given in (inputs, inputs.rows(inputs.shown_B(), inputs.all_B()))
+        )
+        word_XV = self.model.masked_logits(self.model.fuse_text(*first)[inputs.label_BL != IGNORED])
+        return _loss(self.model.match_logits(self.model.pool(*second)), word_XV, inputs)
+
 
 def _loss(match_B2: Tensor, word_XV: Tensor, inputs: Inputs) -> Tensor:
     """ITM and MLM. ``word_XV`` has a row for each position, or one for each word to predict."""
@@ -371,6 +380,7 @@ def pretrain(bench: Bench, ours: Ours, port: Port) -> tuple[list[Row], Notes]:
     }
     for precision in DTYPES:
         works = {name: bench.work(own.at(precision, own.loss)) for name, own in steps.items()}
+        works[f"{OURS}, two passes"] = bench.work(steps[OURS].at(precision, ours.two_passes_loss))
         rows += bench.rows("pretrain", precision, in_turns(works, bench.how))
     return rows, {}
 
