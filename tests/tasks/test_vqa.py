@@ -47,7 +47,7 @@ def model(tokenizer: Tokenizer, build_model: Callable[[Tokenizer], MPlug]) -> MP
 
 def task_of(model: MPlug, tokenizer: Tokenizer, **changes: Any) -> VisualQuestionAnswering:
     torch.manual_seed(1)
-    config = VqaConfig(answers=ANSWERS, search=BeamSearch(2, 1, 4), **changes)
+    config = dataclasses.replace(VqaConfig(answers=ANSWERS, search=BeamSearch(2, 1, 4)), **changes)
     return VisualQuestionAnswering(model, tokenizer, PIXELS, config).eval()
 
 
@@ -222,6 +222,16 @@ def test_a_wrong_record_is_skipped(model: MPlug, tokenizer: Tokenizer) -> None:
     assert VqaConfig("classify", min_count=1).completed(records).answers == ("no",)
 
 
+def test_what_all_say_can_be_answered(model: MPlug, tokenizer: Tokenizer) -> None:
+    """Where all agree the scorer compares letter by letter: a class is called what people call it."""
+    records = [Record(str(n), None, (), "7", {"question": "how many ?", "answer": "two"}) for n in range(2)]
+    config = VqaConfig("classify", min_count=1).completed(records)
+    task = task_of(model, tokenizer, answering="classify", answers=config.answers)
+    (question,) = task.items()(records[0])
+    assert task._targets(question).tolist() == [1.0]
+    assert task.report([question], list(config.answers)).scores["overall"] == 100
+
+
 def test_scores_of_the_source_are_the_targets(model: MPlug, tokenizer: Tokenizer) -> None:
     extra = {"question": "?", "answers": ["red", "no"], "scores": [0.9, 0.3]}
     (question,) = ReadQuestions("[SEP]", False, False)(Record("k", None, (), "7", extra))
@@ -234,9 +244,10 @@ def test_the_list_of_answers_comes_from_the_data() -> None:
     def record(*answers: str) -> Record:
         return Record("k", None, (), "7", {"question": "?", "answers": list(answers)})
 
-    records = [record("Two", "2", "two"), record("the cat"), record("two."), record("cat"), record("dog")]
-    config = VqaConfig(answering="classify", min_count=2)
-    assert config.completed(records).answers == ("2", "cat")
+    counted = [record("Two", "2", "two"), record("two"), record("two")]
+    records = [record("the cat"), *counted, record("cat"), record("cat"), record("dog")]
+    config = VqaConfig(answering="classify", min_count=3)
+    assert config.completed(records).answers == ("cat", "two")
     assert dataclasses.replace(config, answering="generate").completed(records).answers == ()
     assert dataclasses.replace(config, answers=("a",)).completed(records).answers == ("a",)
     with pytest.raises(ValueError, match="no answer occurs 9 times"):

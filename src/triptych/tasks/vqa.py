@@ -72,15 +72,20 @@ class VqaConfig:
             raise ValueError(f"answering must be one of {', '.join(get_args(Answering))}, not {self.answering!r}")
 
     def completed(self, records: Iterable[Record]) -> VqaConfig:
-        """With the list of answers that training data give, where one is needed and there is none."""
+        """With the list of answers that training data give, where one is needed and there is none.
+
+        Answers that the scorer takes for the same ("2" and "two") are one, in the spelling that is given most: where
+        all humans agree the scorer compares letter by letter.
+        """
         if self.answers or self.answering == "generate":
             return self
-        counts = Counter(
-            normalize_answer(Counter(answers).most_common(1)[0][0])
-            for record in records
-            for answers in _known_answers(record)
-        )
-        answers = tuple(answer for answer, count in counts.items() if count >= self.min_count)
+        spellings: dict[str, Counter[str]] = {}
+        for record in records:
+            for given in _known_answers(record):
+                answer = Counter(given).most_common(1)[0][0]
+                spellings.setdefault(normalize_answer(answer), Counter())[answer] += 1
+        found = (own.most_common(1)[0][0] for own in spellings.values() if own.total() >= self.min_count)
+        answers = tuple(found)
         if not answers:
             raise ValueError(f"no answer occurs {self.min_count} times in the training data: lower min_count")
         return replace(self, answers=answers)
