@@ -178,3 +178,35 @@ def test_initialisation(width: int, std: float) -> None:
     assert not convolution.bias.any()
     assert (norm.weight == 1).all()
     assert not norm.bias.any()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_query_without_keys_and_values(masked: bool) -> None:
+    """The same result and gradients, up to the order of the products."""
+    torch.manual_seed(0)
+    module = Attention(16, heads=4, memory_width=24).double()
+    nn.init.normal_(module.key_value.bias)
+    x_B1D = torch.randn(3, 1, 16, dtype=torch.double, requires_grad=True)
+    memory_BMD = torch.randn(3, 7, 24, dtype=torch.double, requires_grad=True)
+    mask_BM = torch.arange(7) < torch.tensor([7, 4, 1])[:, None] if masked else None
+    expected_B1D, found_B1D = module(x_B1D, memory_BMD, mask_BM), module.first(x_B1D, memory_BMD, mask_BM)
+    torch.testing.assert_close(found_B1D, expected_B1D)
+    leaves = [x_B1D, memory_BMD, *module.parameters()]
+    for found, expected in zip(
+        torch.autograd.grad(found_B1D.square().sum(), leaves),
+        torch.autograd.grad(expected_B1D.square().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+def test_dropout_of_one_query_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    module = Attention(8, heads=2, dropout=0.3)
+    nn.init.normal_(module.key_value.bias)
+    x_B1D, memory_BMD = torch.randn(1, 1, 8), torch.randn(1, 6, 8)
+    with torch.no_grad():
+        expected = module.eval().first(x_B1D, memory_BMD)
+        drawn = module.train().first(x_B1D.expand(20_000, -1, -1), memory_BMD.expand(20_000, -1, -1))
+    assert drawn.std(0).min() > 0
+    torch.testing.assert_close(drawn.mean(0, keepdim=True), expected, rtol=0, atol=0.02)

@@ -151,6 +151,26 @@ class Attention(nn.Module):
         heads_BHLK = self._attend(query_BHLK, keys_BHMK, values_BHMK, mask, causal)
         return self.out(_merge(heads_BHLK))
 
+    def first(self, x_B1D: Tensor, memory_BMD: Tensor, mask_BM: Tensor | None = None) -> Tensor:
+        """As calling it with one query and a memory, ``[B, 1, D]``, but without keys and values of the memory.
+
+        For one query it is less work to bring the query to where the memory is: q (W_k m) = (q W_k) m, and the mean of
+        W_v m is W_v of the mean of m. The keys' bias adds the same to every score, so nothing to their softmax.
+        """
+        batch, memory_width = len(x_B1D), memory_BMD.shape[2]
+        query_BHK = self.query(x_B1D).view(batch, self.heads, -1)
+        head_width = query_BHK.shape[2]
+        key_HKD, value_HKD = self.key_value.weight.view(2, self.heads, head_width, memory_width)
+        asked_BHD = torch.einsum("bhk,hkd->bhd", query_BHK * head_width**-0.5, key_HKD)
+        scores_BHM = asked_BHD @ memory_BMD.transpose(1, 2)
+        if mask_BM is not None:
+            scores_BHM = scores_BHM.masked_fill(~mask_BM[:, None], torch.finfo(scores_BHM.dtype).min)
+        share_BHM = F.dropout(scores_BHM.softmax(-1), self.dropout, self.training).to(memory_BMD.dtype)
+        seen_BHK = torch.einsum("bhd,hkd->bhk", share_BHM @ memory_BMD, value_HKD)
+        bias_HK = self.key_value.bias.view(2, self.heads, head_width)[1]
+        seen_BHK = seen_BHK + share_BHM.sum(2, keepdim=True) * bias_HK  # with dropout shares do not add up to one
+        return self.out(seen_BHK.flatten(1).unsqueeze(1))
+
     def _attend_shared(self, query_BHLK: Tensor, memory: Memory) -> Tensor:
         """Several queries rows (beams) for one memory row share its keys and values without copies."""
         rows, heads, length, head_width = query_BHLK.shape
@@ -354,9 +374,11 @@ class PostNormBlock(nn.Module):
         first: bool = False,
     ) -> Tensor:
         """The half that needs no memory; ``first`` gives the state of token 0 alone."""
-        asking_BLD, memory_BLD = (x_BLD[:, :1], x_BLD) if first else (x_BLD, None)
-        attended_BLD = self.attention(asking_BLD, memory_BLD, mask_BL, causal=causal, cache=cache)
-        return self.attention_norm(asking_BLD + self.dropout(attended_BLD))
+        if first:
+            attended_BLD = self.attention.first(x_BLD[:, :1], x_BLD, mask_BL)
+            return self.attention_norm(x_BLD[:, :1] + self.dropout(attended_BLD))
+        attended_BLD = self.attention(x_BLD, mask=mask_BL, causal=causal, cache=cache)
+        return self.attention_norm(x_BLD + self.dropout(attended_BLD))
 
     def attend_memory(
         self,
@@ -365,10 +387,18 @@ class PostNormBlock(nn.Module):
         memory_mask_BM: Tensor | None = None,
         *,
         second: tuple[Encoded, Attention] | None = None,
+        first: bool = False,
     ) -> Tensor:
-        """The rest, cross-attention and the linear layers, which treat every token by itself."""
+        """The rest, cross-attention and the linear layers, which treat every token by itself.
+
+        ``first`` says that there is token 0 alone; its memory is not a remembered one.
+        """
         if self.cross_attention is not None and self.cross_norm is not None:
-            crossed_BLD = self.cross_attention(x_BLD, memory, memory_mask_BM)
+            if first:
+                assert isinstance(memory, Tensor)
+                crossed_BLD = self.cross_attention.first(x_BLD, memory, memory_mask_BM)
+            else:
+                crossed_BLD = self.cross_attention(x_BLD, memory, memory_mask_BM)
             if second is not None:
                 other, attention = second
                 crossed_BLD = (crossed_BLD + attention(x_BLD, other.hidden_BLD, other.mask_BL)) / 2

@@ -169,7 +169,7 @@ class CoAttentionLayer(nn.Module):
         image_BND = self.image_block.attend_self(image.hidden_BLD, image.mask_BL, first=first)
         if image_rows_B is not None:
             image_BND = image_BND[image_rows_B]
-        image_BND = self.image_block.attend_memory(image_BND, text.hidden_BLD, text.mask_BL)
+        image_BND = self.image_block.attend_memory(image_BND, text.hidden_BLD, text.mask_BL, first=first)
         return image_BND, self.text_side(image, text, image_rows_B, first=first)
 
     def text_side(
@@ -177,6 +177,9 @@ class CoAttentionLayer(nn.Module):
     ) -> Tensor:
         """The new text states alone."""
         text_BLD = self.text_block.attend_self(text.hidden_BLD, text.mask_BL, first=first)
+        if first:
+            image = image if image_rows_B is None else image.rows(image_rows_B)
+            return self.text_block.attend_memory(text_BLD, image.hidden_BLD, image.mask_BL, first=True)
         memory = self.text_block.remember(image)
         if image_rows_B is not None:
             memory = memory.select(image_rows_B)
