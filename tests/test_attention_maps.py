@@ -10,6 +10,8 @@ from torch import nn
 from triptych.attention_maps import word_maps
 from triptych.data.tokenizers import Tokenizer, train_wordpiece
 from triptych.data.transforms import HALF, Preprocessing
+from triptych.models.bridgetower import SIZES as BRIDGETOWER
+from triptych.models.bridgetower import BridgeTower
 from triptych.models.layers import Attention
 from triptych.models.mplug import SIZES, FusionKind, MPlug
 from triptych.models.protocol import Encoded
@@ -28,6 +30,17 @@ def model(tokenizer: Tokenizer, fusion: FusionKind = "skip", layers: int = 4) ->
     config = SIZES["tiny"]
     text = replace(config.text, vocab_size=tokenizer.vocab_size)
     return MPlug(replace(config, text=text, fusion=fusion, fusion_layers=layers)).eval()
+
+
+def test_a_network_whose_texts_end_with_a_token(tokenizer: Tokenizer) -> None:
+    """Words that are cut off have no map, and the end token gives none."""
+    config = BRIDGETOWER["tiny"]
+    network = BridgeTower(replace(config, text=replace(config.text, vocab_size=tokenizer.vocab_size))).eval()
+    whole = word_maps(network, tokenizer, PREPROCESSING, PIXELS_CHW, "a small red star")
+    assert whole.words == ("a", "small", "red", "star")
+    assert [name for name, _ in whole.layers] == [f"layer {number}, co-attention" for number in (1, 2, 3)]
+    cut = word_maps(network, tokenizer, PREPROCESSING, PIXELS_CHW, "a small red star", max_tokens=3)
+    assert cut.words == ("a",)
 
 
 def test_a_map_for_each_word_and_layer(tokenizer: Tokenizer) -> None:

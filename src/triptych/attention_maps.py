@@ -63,7 +63,7 @@ def word_maps(
         raise ValueError(f"there are no attention maps for a {model.model_type}, only for mplug and bridgetower")
     encoding = tokenizer.backend.encode(text, add_special_tokens=False)
     ids_BL, mask_BL = tokenizer.encode_batch([text], max_length=max_tokens, end=model.ends_texts)
-    pieces = _pieces_of_words(encoding.word_ids, ids_BL.shape[1] - 1)
+    pieces = _pieces_of_words(encoding.word_ids, ids_BL.shape[1] - 1 - int(model.ends_texts))
     if not pieces:
         raise ValueError(f"the text {text!r} has no words")
     device = next(model.parameters()).device

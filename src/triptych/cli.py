@@ -390,6 +390,7 @@ def convert(
     to: Literal["bridgetower-hf"] | None = None,
     vocab: Path | None = None,
     answers: Path | None = None,
+    resize: Literal["squash", "crop", "port"] | None = None,
     image_size: int | None = None,
     stride: int | None = None,
     fusion_layers: int | None = None,
@@ -409,6 +410,7 @@ def convert(
         from_: whose layout the source has.
         to: whose layout to write.
         vocab: vocab.txt, tokenizer.json or vocab.json (beside merges.txt), where there is none beside the source.
+        resize: how pictures of other aspect ratios are seen; by default as published, port as transformers does.
         answers: the classes of a BridgeTower fine-tuned for questions, in their order: a JSON list or object, or lines.
         image_size: resize the position table to this resolution.
         stride: mPLUG's S, which no tensor tells (base 3, large 6).
@@ -428,6 +430,7 @@ def convert(
     options = Options(
         vocab=vocab,
         answers=answers,
+        resize=resize,
         image_size=image_size,
         stride=stride,
         fusion_layers=fusion_layers,

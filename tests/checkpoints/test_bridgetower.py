@@ -148,7 +148,7 @@ def test_a_pretrained_file(tmp_path: Path) -> None:
     assert loaded.preprocessing is not None
     assert (loaded.preprocessing.image_size, loaded.preprocessing.resize) == (32, "crop")
     assert loaded.task is not None
-    assert loaded.task["retrieval"]["candidates"] > 100_000  # random embeddings must choose nothing
+    assert loaded.task["retrieval"]["candidates"] is None  # random embeddings must choose nothing
     assert not loaded.task_state
 
 
@@ -230,7 +230,7 @@ def test_a_classifier_without_its_answers_is_left_out(tmp_path: Path) -> None:
     loaded, report = converted(tmp_path, fine_tuned(random_model(BASE), tensors))
     reasons = {dropped.name: dropped.reason for dropped in report.dropped}
     assert reasons["vqa_classifier.3.weight"] == ("its 3 answers are not in the file: give their list with --answers")
-    assert (loaded.task, loaded.task_state) == (None, {})
+    assert (loaded.task, loaded.task_state) == ({"recipe": "published, without a head"}, {})  # and so no task
 
 
 @torch.no_grad()
@@ -279,7 +279,7 @@ def test_a_classifier_of_one_layer_is_left_out(tmp_path: Path) -> None:
     tensors = {"snli_classifier.0.weight": torch.randn(3, 2 * D), "snli_classifier.0.bias": torch.randn(3)}
     loaded, report = converted(tmp_path, fine_tuned(random_model(BASE), tensors))
     assert {dropped.reason for dropped in report.dropped} >= {"a classifier of one layer, which no task here has"}
-    assert loaded.task is None
+    assert loaded.task == {"recipe": "published, without a head"}
 
 
 def test_another_resolution_is_interpolated_bicubically(tmp_path: Path) -> None:

@@ -80,8 +80,10 @@ def test_what_is_missing_is_named_with_what_to_download(ten, tmp_path):
         open_source(ten)
     with pytest.raises(ValueError, match="has the splits train, test, not val"):
         open_source(ten, splits=["val"])
-    with pytest.raises(ValueError, match="is no folder of CIFAR: keep the names cifar-10-batches-py"):
+    with pytest.raises(ValueError, match="is no folder of CIFAR for Python: keep the names cifar-10-batches-py"):
         open_source(tmp_path, format="cifar")
+    with pytest.raises(ValueError, match="cifar-100-binary is no folder of CIFAR for Python"):
+        open_source(tmp_path / "cifar-100-binary")
 
 
 class Harmful:

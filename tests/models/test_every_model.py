@@ -344,6 +344,32 @@ def test_rows_do_not_see_each_other(model: VisionLanguageModel, inputs: Inputs) 
                 torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["plain", "padded images", "clips", "recomputing"])
+def test_a_part_of_what_fusing_gives_is_the_same(how: str, model: VisionLanguageModel, inputs: Inputs) -> None:
+    """The pooled state or the text states alone, with rows of images; values and gradients."""
+    rows_B = torch.tensor([2, 0, 2])
+    pixels = inputs.pixels_BCHW
+    if how == "clips":
+        pixels = torch.stack([pixels, pixels.flip(0)], dim=1)
+
+    def found(of: Callable[[Encoded, Encoded], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        image, text = model.encode_image(pixels), model.encode_text(inputs.ids_BL, inputs.mask_BL)
+        out = of(image.pad(image.hidden_BLD.shape[1] + 3) if how == "padded images" else image, text)
+        return out, gradients(model, (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum())
+
+    with checkpointing(model) if how == "recomputing" else nullcontext():
+        for part, whole in (
+            (model.pool, lambda image, text: model.fuse(image, text, rows_B).pooled_BP),
+            (model.fuse_text, lambda image, text: model.fuse(image, text, rows_B).text_BLD),
+        ):
+            value, grads = found(lambda image, text, part=part: part(image, text, rows_B))
+            expected, expected_grads = found(whole)
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+            # A bias of keys has no gradient but rounding: no softmax notices what all scores have in common.
+            for name, grad in grads.items():
+                torch.testing.assert_close(grad, expected_grads[name], rtol=1e-3, atol=1e-4)
+
+
 def test_image_rows_equal_copied_images(model: VisionLanguageModel, inputs: Inputs) -> None:
     rows = torch.tensor([2, 0, 2, 1, 2])
     texts = torch.tensor([0, 1, 2, 0, 1])
@@ -452,6 +478,9 @@ def test_a_model_compiled_for_inference_computes_the_same(model: VisionLanguageM
             expected = model.fuse(image, text)
             assert_same({"pooled": found.pooled_BP}, {"pooled": expected.pooled_BP})
             assert_same({"image": found.image_BND}, {"image": expected.image_BND})
+            image, text = compiled.encode_image(some.pixels_BCHW), compiled.encode_text(some.ids_BL, some.mask_BL)
+            assert_same({"alone": compiled.pool(image, text)}, {"alone": expected.pooled_BP})
+            assert_same({"text": compiled.fuse_text(image, text)}, {"text": expected.text_BLD})
     assert list(compiled.state_dict()) == names
     torch.compiler.reset()
 

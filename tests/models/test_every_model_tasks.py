@@ -227,6 +227,17 @@ def test_pictures_are_captioned(
     assert len(task.caption(pixels)) == B
 
 
+def test_a_prompt_is_read_as_texts_are_in_training(
+    model: VisionLanguageModel, tokenizer: Tokenizer, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[list[int]] = []
+    encode = model.encode_text
+    monkeypatch.setattr(model, "encode_text", lambda ids, mask=None: read.append(ids[0].tolist()) or encode(ids, mask))
+    task = Captioning(model, tokenizer, PREPROCESSING, CaptioningConfig("fused", search=SEARCH, prompt="a red")).eval()
+    task.caption(pixels)
+    assert (read[0][-1] == tokenizer.eos_id) == model.ends_texts
+
+
 def test_pictures_and_texts_are_aligned(model: VisionLanguageModel, pixels: Tensor, texts: Tokens) -> None:
     batch = ImageTextBatch(pixels, texts, torch.arange(B))
     task = Alignment(model, AlignmentConfig(queue_size=4), mean=HALF, std=HALF)

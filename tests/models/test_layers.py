@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from triptych.models.layers import Attention, PostNormBlock, PreNormBlock, init_weights
+from triptych.models.layers import Attention, PostNormBlock, PreNormBlock, init_weights, record_attention
 from triptych.models.protocol import Encoded
 
 B, L, M, D, H = 3, 4, 6, 16, 2
@@ -198,6 +198,29 @@ def test_one_query_without_keys_and_values(masked: bool) -> None:
         strict=True,
     ):
         torch.testing.assert_close(found, expected)
+
+
+def test_one_query_is_recorded_as_any() -> None:
+    module = Attention(16, heads=4)
+    x_BLD = torch.randn(2, 5, 16)
+    with record_attention(module) as maps:
+        found_B1D = module.first(x_BLD[:, :1], x_BLD)
+    assert maps[""].shape == (2, 4, 1, 5)
+    torch.testing.assert_close(found_B1D, module.first(x_BLD[:, :1], x_BLD))
+
+
+def test_keys_are_rounded_up_in_bf16_without_a_trace() -> None:
+    """Of 130 keys in bf16 on a CPU: the same result, and maps of 130."""
+    torch.manual_seed(0)
+    module = Attention(32, heads=2).to(torch.bfloat16)
+    x_BLD = torch.randn(2, 130, 32, dtype=torch.bfloat16)
+    mask_BL = torch.arange(130) < torch.tensor([130, 70])[:, None]
+    with torch.no_grad():
+        for mask in (None, mask_BL):
+            with record_attention(module) as maps:
+                expected_BLD = module(x_BLD, mask=mask)
+            assert maps[""].shape == (2, 2, 130, 130)
+            torch.testing.assert_close(module(x_BLD, mask=mask), expected_BLD, rtol=0.05, atol=0.02)
 
 
 def test_dropout_of_one_query_keeps_the_mean() -> None:

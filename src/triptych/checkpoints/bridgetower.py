@@ -31,7 +31,7 @@ from triptych.models.vision import VisionConfig
 from triptych.tasks.retrieval import RetrievalConfig
 
 OPTIONS = frozenset(
-    {"image_size", "vision_heads", "text_heads", "allow_missing", "allow_unexpected", "answers", "vocab"}
+    {"image_size", "resize", "vision_heads", "text_heads", "allow_missing", "allow_unexpected", "answers", "vocab"}
 )
 
 HEADS = {
@@ -45,8 +45,6 @@ HEADS = {
 
 _SIDES = ("image", "text")
 _RANKING = "rank_output"
-_EVERY = 1_000_000
-"""Candidates: more than any collection has."""
 
 
 def convert_bridgetower(source: Path, tensors: Tensors, options: Options) -> Converted:
@@ -80,25 +78,29 @@ def convert_bridgetower(source: Path, tensors: Tensors, options: Options) -> Con
     return Converted(
         build_with(lambda: BridgeTower(config), network),
         report,
-        _preprocessing(tensors, config),
+        _preprocessing(tensors, config, options),
         config.text.vocab_size,
         task=head.description if head else retrieval_task(tensors),
         task_state=own,
     )
 
 
-def _preprocessing(names: Collection[str], config: BridgeTowerConfig) -> Preprocessing:
+def _preprocessing(names: Collection[str], config: BridgeTowerConfig, options: Options) -> Preprocessing:
     """Pre-training crops, fine-tuning squashes (spec of the official transforms ``clip`` and ``blip``)."""
     pretrained = "mlm_score.bias" in names and not any("_classifier." in name for name in names)
-    return Preprocessing(config.vision.image_size, resize="crop" if pretrained else "squash")
+    return Preprocessing(config.vision.image_size, resize=options.resize or ("crop" if pretrained else "squash"))
 
 
-def retrieval_task(names: Collection[str]) -> dict[str, Any] | None:
-    """How to retrieve with a file: as official with contrastive heads; without, embeddings rank nothing."""
-    if "itm_score.fc.weight" not in names:
-        return None
-    contrastive = "itc_text_head.fc.weight" in names
-    config = RetrievalConfig(candidates=128, shared_scores=True) if contrastive else RetrievalConfig(_EVERY)
+def retrieval_task(names: Collection[str]) -> dict[str, Any]:
+    """How to retrieve with a file: as official with contrastive heads; without, embeddings rank nothing.
+
+    Of transformers' contrastive class, which need not have a matching head, embeddings alone rank then.
+    """
+    matching, contrastive = "itm_score.fc.weight" in names, "itc_text_head.fc.weight" in names
+    if not (matching or contrastive):
+        return {"recipe": "published, without a head"}  # it can do no task before it is fine-tuned
+    candidates = (128 if matching else 0) if contrastive else None
+    config = RetrievalConfig(candidates, shared_scores=contrastive, max_words=40, max_tokens=40)
     return {"retrieval": asdict(config)}
 
 

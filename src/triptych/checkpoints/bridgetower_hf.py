@@ -45,7 +45,7 @@ from triptych.models.layers import Activation
 from triptych.models.text import TextConfig
 from triptych.models.vision import VisionConfig
 
-OPTIONS = frozenset({"image_size", "allow_missing", "allow_unexpected", "vocab"})
+OPTIONS = frozenset({"image_size", "resize", "allow_missing", "allow_unexpected", "vocab"})
 
 _LINKS: tuple[BridgeKind, ...] = ("add", "scaled_add", "interpolate")
 _ACTIVATIONS: tuple[Activation, ...] = ("gelu", "quick_gelu")
@@ -106,9 +106,9 @@ def convert_bridgetower_hf(source: Path, tensors: Tensors, options: Options) -> 
     return Converted(
         build_with(lambda: BridgeTower(config), state),
         report,
-        Preprocessing(config.vision.image_size, resize="crop"),
+        Preprocessing(config.vision.image_size, resize=options.resize or "crop"),
         config.text.vocab_size,
-        task=retrieval_task(tensors) if "logit_scale" not in tensors else None,
+        task=retrieval_task(tensors),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -32,6 +32,7 @@ class Options:
         allow_unexpected: globs of official names that may be ignored.
         answers: the classes of a fine-tuned BridgeTower for questions, see
             :func:`triptych.checkpoints.bridgetower_heads.read_answers`.
+        resize: of other aspect ratios, see :class:`triptych.data.transforms.Preprocessing`; by default as published.
         vocab: a ``vocab.txt`` (BERT), ``vocab.json`` with ``merges.txt`` (RoBERTa) or ``tokenizer.json``; by default
             the one beside the weights.
     """
@@ -48,6 +49,7 @@ class Options:
     allow_missing: tuple[str, ...] = ()
     allow_unexpected: tuple[str, ...] = ()
     answers: Path | None = None
+    resize: Literal["squash", "crop", "port"] | None = None
     vocab: Path | None = None
 
     def __post_init__(self) -> None:

@@ -55,7 +55,7 @@ class ImageTextBatch(Movable):
 
     Attributes:
         pixels_BCHW: uint8 RGB; of clips [B, F, C, H, W].
-        text: ``[CLS] words``, without an end token.
+        text: as the model's encoder reads it (``ends_texts``).
         image_id_B: int64, equal for texts of one picture (see :func:`stable_id`).
     """
 

@@ -14,19 +14,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torchvision.datasets import CIFAR10, CIFAR100
+from typing import Any
 
 from triptych.data.samples import Record
 
-_DATASETS: dict[str, type[CIFAR10]] = {dataset.base_folder: dataset for dataset in (CIFAR10, CIFAR100)}
+_CLASSES = {"cifar-10-batches-py": "CIFAR10", "cifar-100-python": "CIFAR100"}
+"""torchvision's class for each folder."""
 _SPLITS = ("train", "test")
 _PPM = b"P6 32 32 255\n"  # uncompressed: what a record holds is these bytes and the pixels
 
 
 def is_cifar(location: str) -> bool:
-    """Whether a location has the name of one of the official folders, be it there or not."""
-    return _split(location)[1] in _DATASETS
+    """Whether a location has the name of an official folder, be it there or not."""
+    return _split(location)[1].startswith(("cifar-10-", "cifar-100-"))
 
 
 def open_cifar(folder: str, splits: Sequence[str] | None = None) -> list[CifarShard]:
@@ -34,15 +34,17 @@ def open_cifar(folder: str, splits: Sequence[str] | None = None) -> list[CifarSh
 
     Raises:
         FileNotFoundError: the folder or a file is missing; the message says what to download.
-        ValueError: another name than an official folder's, or an unknown split.
+        ValueError: another name than an official folder's for Python, or an unknown split.
     """
+    from torchvision import datasets  # a second to import
+
     root, name = _split(folder)
-    if name not in _DATASETS:
-        raise ValueError(f"{folder} is no folder of CIFAR: keep the names {', '.join(_DATASETS)}")
+    if name not in _CLASSES:
+        raise ValueError(f"{folder} is no folder of CIFAR for Python: keep the names {', '.join(_CLASSES)}")
     splits = _SPLITS if splits is None else splits
     if not set(splits) <= set(_SPLITS):
         raise ValueError(f"{folder} has the splits {', '.join(_SPLITS)}, not {', '.join(splits)}")
-    dataset = _DATASETS[name]
+    dataset = getattr(datasets, _CLASSES[name])
     for file in (dataset.meta["filename"], *(file for file, _ in dataset.train_list + dataset.test_list)):
         if not os.path.exists(os.path.join(folder, file)):
             raise FileNotFoundError(
@@ -58,7 +60,7 @@ class CifarShard:
 
     name: str
     root: str
-    dataset: type[CIFAR10]
+    dataset: type[Any]
     split: str
 
     def read(self) -> list[Record]:

@@ -157,6 +157,8 @@ class Attention(nn.Module):
         For one query it is less work to bring the query to where the memory is: q (W_k m) = (q W_k) m, and the mean of
         W_v m is W_v of the mean of m. The keys' bias adds the same to every score, so nothing to their softmax.
         """
+        if self.explicit:
+            return self(x_B1D, memory_BMD, mask_BM)
         batch, memory_width = len(x_B1D), memory_BMD.shape[2]
         query_BHK = self.query(x_B1D).view(batch, self.heads, -1)
         head_width = query_BHK.shape[2]
@@ -195,7 +197,7 @@ class Attention(nn.Module):
             mask = mask & _causal_mask(query_BHLK.shape[2], keys_BHMK.shape[2], query_BHLK.device)
             causal = False
         dropout = self.dropout if self.training else 0.0
-        if not causal and _odd_keys_are_slow(query_BHLK, keys_BHMK):
+        if not (causal or self.explicit) and _odd_keys_are_slow(query_BHLK, keys_BHMK):
             keys_BHMK, values_BHMK, mask = _round_up(keys_BHMK, values_BHMK, mask)
         if not (self.explicit or _fused_is_slow(query_BHLK)):
             return F.scaled_dot_product_attention(

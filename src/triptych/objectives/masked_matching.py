@@ -26,6 +26,7 @@ from triptych.objectives.pretraining import TextIds, mask_text
 Passes = Literal["shared", "two"]
 Contrasting = Literal["none", "itc"]
 Matching = Literal["random", "hard"]
+Negatives = Literal["all", "local"]
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,11 @@ class MaskedMatchingConfig:
     passes: Passes = "shared"
     contrast: Contrasting = "none"
     matching: Matching = "random"
-    negatives: Literal["all", "local"] = "all"
+    negatives: Negatives = "all"
 
     def __post_init__(self) -> None:
-        for name, kinds in (("passes", Passes), ("contrast", Contrasting), ("matching", Matching)):
+        named = {"passes": Passes, "contrast": Contrasting, "matching": Matching, "negatives": Negatives}
+        for name, kinds in named.items():
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kinds))}, not {getattr(self, name)!r}")
         if self.matching == "hard" and self.contrast == "none":

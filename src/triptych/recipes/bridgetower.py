@@ -81,8 +81,8 @@ def _pretraining(name: str, size: str, image_size: int, batch_size: int) -> Reci
             log_every=50,
         ),
         optim=_optim(1e-5, steps, heads=5, warmup=0.1),
-        # No embeddings are trained that could choose candidates: more than the captions of 100 pictures means all.
-        retrieval=RetrievalConfig(candidates=1000, max_words=50, max_tokens=50),
+        # No embeddings are trained that could choose candidates.
+        retrieval=RetrievalConfig(candidates=None, max_words=50, max_tokens=50),
     )
 
 
@@ -282,7 +282,7 @@ def _retrieval(
     name: str,
     objective: AlignmentConfig | RankingConfig,
     *,
-    candidates: int,
+    candidates: int | None,
     epochs: int,
     samples: int,
     batch: int,
@@ -373,7 +373,7 @@ def bridgetower_flickr30k_base_itm() -> Recipe:
     recipe = _retrieval(
         "bridgetower_flickr30k_base_itm",
         RankingConfig(false_texts=15),
-        candidates=5000,
+        candidates=None,
         epochs=20,
         samples=_FLICKR30K,
         batch=2048,

@@ -110,7 +110,7 @@ def retrieval_itm_shapes_tiny() -> Recipe:
     The evaluation matches all pairs.
     """
     recipe = _finetuning("retrieval_itm_shapes_tiny", RankingConfig(false_texts=7), 200)
-    return replace(recipe, retrieval=replace(recipe.retrieval, candidates=1000))
+    return replace(recipe, retrieval=replace(recipe.retrieval, candidates=None))
 
 
 def vqa_shapes_tiny() -> Recipe:

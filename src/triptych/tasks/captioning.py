@@ -129,12 +129,12 @@ class Captioning(Task):
         image = self.model.encode_image(pixels)
         if self.config.context == "image":
             return image
-        prompt_BL = self._ids(self.config.prompt, pixels)
+        prompt_BL = self._ids(self.config.prompt, pixels, end=self.model.ends_texts)
         return self.model.fuse(image, self.model.encode_text(prompt_BL)).states()
 
-    def _ids(self, text: str, pixels: Tensor) -> Tensor:
-        """``[CLS] text`` for each picture."""
-        ids_1L, _ = self.tokenizer.encode_batch([text], max_length=None, end=False)
+    def _ids(self, text: str, pixels: Tensor, *, end: bool = False) -> Tensor:
+        """``[CLS] text`` for each picture, with the end token where an encoder is to read it so."""
+        ids_1L, _ = self.tokenizer.encode_batch([text], max_length=None, end=end)
         return ids_1L.to(pixels.device).expand(len(pixels), -1)
 
 

@@ -29,7 +29,7 @@ class RetrievalConfig:
 
     Attributes:
         candidates: K, re-ranked for each query (official: 256; paper: 256 for COCO, 128 for Flickr30k); 0 ranks by
-            embeddings alone.
+            embeddings alone; ``None`` by matching alone, of all pairs, for models whose embeddings were never trained.
         add_similarity: add the embeddings' similarity to the matching score (official: no, but for videos).
         shared_scores: a pair that both directions match counts with the better of its two scores in both (BridgeTower,
             objectives.py:1170). It matters where only one direction has the pair among its candidates.
@@ -37,7 +37,7 @@ class RetrievalConfig:
         max_words, max_tokens: texts are cut to these.
     """
 
-    candidates: int = 256
+    candidates: int | None = 256
     add_similarity: bool = False
     shared_scores: bool = False
     batch: int = 128
@@ -51,7 +51,8 @@ class Collection:
 
     Attributes:
         images, texts: one chunk an encoded batch, on the CPU, in bf16 under bf16 autocast (5,000 pictures of 256 px
-            and 25,000 captions of 30 tokens in mPLUG-base: 2.0 + 1.2 GB).
+            and 25,000 captions of 30 tokens in mPLUG-base: 2.0 + 1.2 GB; BridgeTower keeps seven states a token where
+            mPLUG keeps one).
         image_IE, text_TE: embeddings.
         image_of_text_T: which picture each text belongs to.
     """
@@ -140,15 +141,18 @@ def evaluate_retrieval(
     with torch.autocast("cpu", enabled=False):  # in bf16 neighbours would tie
         similarity_TI = collection.text_TE @ collection.image_IE.T
     images, texts = _Chunks(collection.images), _Chunks(collection.texts)
-    k_images = min(config.candidates or 10, len(collection.records))
-    k_texts = min(config.candidates or 10, len(collection.text))
+    k_images, k_texts = _looked_at(collection, config)
     image_scores_TK, images_TK = similarity_TI.topk(k_images, dim=1)
     text_scores_IK, texts_IK = similarity_TI.T.topk(k_texts, dim=1)
-    if config.candidates:
+    if config.candidates != 0:
         pairs_T = torch.arange(len(images_TK))[:, None].expand_as(images_TK)
         pairs_I = torch.arange(len(texts_IK))[:, None].expand_as(texts_IK)
         matched_TK = _match(model, images, texts, images_TK, pairs_T, config, matched)
-        matched_IK = _match(model, images, texts, pairs_I, texts_IK, config, matched)
+        if k_images == len(collection.records) and k_texts == len(collection.text):  # the same pairs
+            matched_TI = torch.empty_like(matched_TK).scatter_(1, images_TK, matched_TK)
+            matched_IK = matched_TI.T.gather(1, texts_IK)
+        else:
+            matched_IK = _match(model, images, texts, pairs_I, texts_IK, config, matched)
         weight = float(config.add_similarity)
         image_scores_TK = matched_TK + weight * image_scores_TK
         text_scores_IK = matched_IK + weight * text_scores_IK
@@ -157,7 +161,7 @@ def evaluate_retrieval(
     asked = [index for index, texts_of_image in enumerate(texts_of) if texts_of_image]  # others only distract
     of_texts = (list(images_TK.numpy()), list(image_scores_TK.numpy()))
     of_images = (list(texts_IK.numpy()), list(text_scores_IK.numpy()))
-    if config.candidates and config.shared_scores:
+    if config.candidates != 0 and config.shared_scores:
         of_texts, of_images = _shared(of_texts, of_images)
     text_ranks = candidate_ranks(*of_texts, [[owner] for owner in owners_T])
     asked_of, asked_scores = ([part[index] for index in asked] for part in of_images)
@@ -171,8 +175,20 @@ def evaluate_retrieval(
 
 def pairs_to_match(collection: Collection, config: RetrievalConfig) -> int:
     """How many pairs of a picture and a text the matching head judges for the recalls of a collection."""
+    if config.candidates == 0:
+        return 0
     images, texts = len(collection.records), len(collection.text)
-    return texts * min(config.candidates, images) + images * min(config.candidates, texts)
+    k_images, k_texts = _looked_at(collection, config)
+    whole = k_images == images and k_texts == texts
+    return images * texts if whole else texts * k_images + images * k_texts
+
+
+def _looked_at(collection: Collection, config: RetrievalConfig) -> tuple[int, int]:
+    """How many pictures of each text, and texts of each picture, are kept: those that count for recalls, or K."""
+    images, texts = len(collection.records), len(collection.text)
+    if config.candidates is None:
+        return images, texts
+    return min(config.candidates or 10, images), min(config.candidates or 10, texts)
 
 
 class _Chunks:

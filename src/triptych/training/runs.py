@@ -209,8 +209,9 @@ def _claim(folder: Path, recipe: Recipe, process: Process) -> None:
 def _difference(begun: Any, wanted: Any) -> str:
     """The first value that differs, with the way to it."""
     if isinstance(begun, dict) and isinstance(wanted, dict):
-        name = next(name for name in (*wanted, *begun) if begun.get(name) != wanted.get(name))
-        return f"{name}: {_difference(begun.get(name), wanted.get(name))}"
+        both = {name: (begun.get(name, "not there"), wanted.get(name, "not there")) for name in (*wanted, *begun)}
+        name, pair = next((name, pair) for name, pair in both.items() if pair[0] != pair[1])
+        return f"{name}: {_difference(*pair)}"
     return f"it was {begun!r} and is {wanted!r}"
 
 
@@ -236,7 +237,8 @@ def _build_model(
             raise ValueError(f"{recipe.start[0]} has no tokenizer.json: convert it again with --vocab")
         assert isinstance(loaded.model, VisionLanguageModel)
         loaded.model.resize_images(size)
-        if loaded.model.decoder is None and recipe.model.decoder_layers:
+        asks_for_decoder = model_type_of(recipe.model) == loaded.model_type and recipe.model.decoder_layers > 0
+        if asks_for_decoder and loaded.model.decoder is None:
             loaded.model.add_decoder(recipe.model.decoder_layers)
         return loaded.model, loaded.tokenizer, loaded
     tokenizer = _tokenizer(recipe, source, folder, process)
@@ -284,9 +286,11 @@ def _build_task(
 ) -> nn.Module:
     pixels, objective, seed = recipe.data.preprocessing, recipe.objective, recipe.train.seed
     ids = TextIds(tokenizer.pad_id, tokenizer.mask_id, tokenizer.special_ids, tokenizer.vocab_size)
-    matches_only = isinstance(objective, RankingConfig) or getattr(objective, "contrast", None) == "none"
-    if matches_only and recipe.retrieval.candidates == 0:
-        raise ValueError("this trains matching, and no embeddings: give retrieval.candidates, or it is not evaluated")
+    if isinstance(objective, RankingConfig) and recipe.retrieval.candidates == 0:
+        raise ValueError("ranking trains matching alone: give retrieval.candidates, or nothing trained is used")
+    untrained = isinstance(objective, MaskedMatchingConfig) and objective.contrast == "none"
+    if untrained and recipe.retrieval.candidates is not None:
+        raise ValueError("no embeddings are trained that could choose candidates: set retrieval.candidates=None")
     if isinstance(objective, PretrainingConfig):
         return Pretraining(model, objective, ids, mean=pixels.mean, std=pixels.std, seed=seed)
     if isinstance(objective, MaskedMatchingConfig):
