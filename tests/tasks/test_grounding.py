@@ -454,7 +454,7 @@ def test_tokens_need_a_decoder(model: MPlug, tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="this mplug has no decoder: locate with locating='regression'"):
         task_of(model, tokenizer)
     task = task_of(model, tokenizer, locating="regression")
-    assert task.uses == ("image", "text", "fusion")
+    assert task.uses == ("image", "text", "fusion", "pooled")
     assert len(task.predict(batch_of(task))) == 3
 
 

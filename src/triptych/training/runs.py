@@ -209,9 +209,10 @@ def _claim(folder: Path, recipe: Recipe, process: Process) -> None:
 def _difference(begun: Any, wanted: Any) -> str:
     """The first value that differs, with the way to it."""
     if isinstance(begun, dict) and isinstance(wanted, dict):
-        both = {name: (begun.get(name, "not there"), wanted.get(name, "not there")) for name in (*wanted, *begun)}
-        name, pair = next((name, pair) for name, pair in both.items() if pair[0] != pair[1])
-        return f"{name}: {_difference(*pair)}"
+        name = next((name for name in (*wanted, *begun) if begun.get(name) != wanted.get(name)), None)
+        if name is None:  # where one says nothing, the other says None
+            return "it was begun with another version"
+        return f"{name}: {_difference(begun.get(name), wanted.get(name))}"
     return f"it was {begun!r} and is {wanted!r}"
 
 
