@@ -43,6 +43,7 @@ from transformers.models.bridgetower import modeling_bridgetower as hf
 
 from common import Call, Options, Timings, Work, count_flops, in_turns, options, parser, report
 from pretrain_step import breakdown
+from triptych.checkpoints.bridgetower_hf import port_config
 from triptych.checkpoints.convert import convert
 from triptych.checkpoints.folder import load
 from triptych.models.bridgetower import ROBERTA, SIZES, BridgeTower, BridgeTowerConfig
@@ -125,7 +126,7 @@ class Port(nn.Module):
 
     def __init__(self, config: BridgeTowerConfig) -> None:
         super().__init__()
-        self.config = port_config(config)
+        self.config = published(config)
         self.bridgetower = hf.BridgeTowerModel(self.config)
         self.mlm_score = hf.BridgeTowerMLMHead(self.config)
         self.itm_score = hf.BridgeTowerITMHead(2 * self.config.hidden_size)
@@ -198,32 +199,21 @@ def _loss(match_B2: Tensor, word_XV: Tensor, inputs: Inputs) -> Tensor:
     return F.cross_entropy(match_B2, inputs.match_B) + F.cross_entropy(word_XV, label_X, ignore_index=IGNORED)
 
 
-def port_config(config: BridgeTowerConfig) -> transformers.BridgeTowerConfig:
+def published(config: BridgeTowerConfig) -> transformers.BridgeTowerConfig:
     """These sizes as transformers writes them."""
-    text, vision = config.text, config.vision
-    shared = {"hidden_size": text.width, "num_attention_heads": text.heads, "intermediate_size": text.ffn}
-    return transformers.BridgeTowerConfig(
-        **shared,
-        num_hidden_layers=config.fusion_layers,
-        text_config={**shared, "vocab_size": text.vocab_size, "num_hidden_layers": config.text_layers},
-        vision_config={
-            "hidden_size": vision.width,
-            "num_hidden_layers": vision.layers,
-            "patch_size": vision.patch,
-            "image_size": vision.image_size,
-        },
-        attn_implementation="eager",
-    )
+    with torch.device("meta"):
+        model = BridgeTower(config)
+    return transformers.BridgeTowerConfig(**port_config(model), attn_implementation="eager")
 
 
 def both_sides(config: BridgeTowerConfig) -> tuple[Ours, Port]:
     """The port with random weights, and ours with the same."""
     port = Port(config)
     with TemporaryDirectory() as folder:
-        published, converted = Path(folder, "port"), Path(folder, "ours")
-        port.config.save_pretrained(published)
-        save_file(port.state_dict(), published / "model.safetensors", {"format": "pt"})
-        convert(published, converted, "bridgetower-hf")
+        saved, converted = Path(folder, "port"), Path(folder, "ours")
+        port.config.save_pretrained(saved)
+        save_file(port.state_dict(), saved / "model.safetensors", {"format": "pt"})
+        convert(saved, converted, "bridgetower-hf")
         model = load(converted).model
     assert isinstance(model, BridgeTower)
     return Ours(model), port

@@ -162,10 +162,15 @@ def report(name: str, settings: Mapping[str, Any], rows: Sequence[Mapping[str, A
     print(json.dumps(document, indent=1))
 
 
+def _without_folders(argument: str) -> str:
+    """An absolute path by its last name alone: where things lie is nobody else's concern."""
+    return Path(argument).name if argument.startswith("/") else argument
+
+
 def surroundings() -> dict[str, Any]:
     """Where and with what a figure was measured."""
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *map(_without_folders, sys.argv)]),
         "commit": _git("rev-parse", "HEAD"),
         "changed_files": _git("status", "--porcelain", "--untracked-files=no").splitlines(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

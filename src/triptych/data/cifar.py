@@ -26,7 +26,7 @@ _PPM = b"P6 32 32 255\n"  # uncompressed: what a record holds is these bytes and
 
 def is_cifar(location: str) -> bool:
     """Whether a location has the name of an official folder, be it there or not."""
-    return _split(location)[1].startswith(("cifar-10-", "cifar-100-"))
+    return _split(location)[1] in (*_CLASSES, "cifar-10-batches-bin", "cifar-100-binary")
 
 
 def open_cifar(folder: str, splits: Sequence[str] | None = None) -> list[CifarShard]:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -357,19 +358,9 @@ def _pipeline(recipe: Recipe, task: nn.Module, tokenizer: Tokenizer) -> Pipeline
     transform = data.preprocessing.train_transform(data.scale, data.augment, data.flip)
     if isinstance(task, Task):
         return task.training_pipeline(transform, data.max_words, data.max_tokens)
-    if isinstance(task, Pretraining):
-        return PretrainingPipeline(
-            tokenizer,
-            transform,
-            data.max_words,
-            data.max_tokens,
-            end=task.model.ends_texts,
-            cleaning=task.model.cleaning,
-            frames=data.preprocessing.frames,
-            split=split_prefix,
-        )
     assert isinstance(task, Alignment | TextRanking)
-    return ImageTextPipeline(
+    kind = partial(PretrainingPipeline, split=split_prefix) if isinstance(task, Pretraining) else ImageTextPipeline
+    return kind(
         tokenizer,
         transform,
         data.max_words,
