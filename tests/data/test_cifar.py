@@ -102,4 +102,4 @@ def test_what_is_not_the_official_file_is_never_unpickled(ten, name, capsys):
 def test_a_list_of_another_name_is_no_folder_of_cifar(tmp_path):
     file = tmp_path / "cifar-10-captions.jsonl"
     file.write_text('{"image": "a.jpg", "caption": "a frog"}\n')
-    assert open_source(file).formats[str(file)] == "jsonl"
+    assert open_source(file).formats[str(file)] == "captions"
