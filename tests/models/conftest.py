@@ -11,6 +11,8 @@ import torch
 
 from triptych.models import build
 from triptych.models.bridgetower import BridgeTowerConfig
+from triptych.models.eve import EveConfig, PixelDecoderConfig
+from triptych.models.moe import MoEConfig
 from triptych.models.mplug import FusionKind, MPlugConfig
 from triptych.models.protocol import VisionLanguageModel
 from triptych.models.text import TextConfig
@@ -46,6 +48,14 @@ def bridgetower(**sizes: Any) -> Case:
     return Case("bridgetower", BridgeTowerConfig(vision, text, **sizes), beside=beside)
 
 
+def eve(moe: MoEConfig | None = None, **sizes: Any) -> Case:
+    vision = VisionConfig(32, layers=3, heads=2, patch=8, image_size=32, layer_norm_eps=1e-6, interpolation="bicubic")
+    text = TextConfig(vocab_size=61, width=32, heads=2, ffn=48, max_positions=24, layer_norm_eps=1e-6)
+    pixels = PixelDecoderConfig(width=16, layers=1, heads=2)
+    sizes = {"embed_dim": 16, "decoder_layers": 2, "pixel_decoder": pixels, **sizes}
+    return Case("eve", EveConfig(vision, text, moe=moe or MoEConfig(experts=4), **sizes))
+
+
 def with_stem(case: Case) -> Case:
     """The same network with convolutions in front of its Transformer."""
     vision = dataclasses.replace(case.config.vision, stem="convolution")
@@ -65,6 +75,12 @@ CASES = {
     "bridgetower-half-bridged": bridgetower(bridged_layers=2, fusion_layers=3),
     "meter": bridgetower(bridged_layers=0),
     "meter-gathering": bridgetower(bridged_layers=0, gather_layers=True),
+    "eve": eve(),
+    "eve-convolution-stem": with_stem(eve()),
+    "eve-shared": eve(shallow="shared", deep="shared"),
+    "eve-hard": eve(deep="hard"),
+    "eve-soft": eve(MoEConfig(experts=3, top_k=1, modality_routing=False), shallow="soft"),
+    "eve-into-experts": eve(MoEConfig(experts=4, modality_into_experts=True)),
 }
 
 FIRST = {case.model_type: case for case in reversed(CASES.values())}

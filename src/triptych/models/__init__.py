@@ -9,6 +9,8 @@ from typing import Any
 
 from triptych.models.bridgetower import SIZES as BRIDGETOWER_SIZES
 from triptych.models.bridgetower import BridgeTower, BridgeTowerConfig
+from triptych.models.eve import SIZES as EVE_SIZES
+from triptych.models.eve import Eve, EveConfig
 from triptych.models.mplug import SIZES as MPLUG_SIZES
 from triptych.models.mplug import MPlug, MPlugConfig
 from triptych.models.protocol import VisionLanguageModel
@@ -33,12 +35,13 @@ MODELS: Mapping[str, ModelFamily] = MappingProxyType(
     {
         MPlug.model_type: ModelFamily(MPlug, MPlugConfig, MappingProxyType(MPLUG_SIZES)),
         BridgeTower.model_type: ModelFamily(BridgeTower, BridgeTowerConfig, MappingProxyType(BRIDGETOWER_SIZES)),
+        Eve.model_type: ModelFamily(Eve, EveConfig, MappingProxyType(EVE_SIZES)),
     }
 )
 """Every network by its ``model_type``."""
 
 
-ModelConfig = MPlugConfig | BridgeTowerConfig
+ModelConfig = MPlugConfig | BridgeTowerConfig | EveConfig
 """The configuration of some network."""
 
 

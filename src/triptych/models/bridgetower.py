@@ -344,6 +344,7 @@ class BridgeTower(VisionLanguageModel):
         self.config = config
         self.width, self.pooled_width = config.text.width, 2 * config.text.width
         self.embed_dim, self.max_text = config.embed_dim, config.text.max_tokens
+        self.patch = config.vision.patch
         self.vision = VisionTransformer(config.vision)
         self.text = TextEncoder(config.text, config.text_layers)
         self.image_projection = Projection(self.width, gather=config.gather_layers)

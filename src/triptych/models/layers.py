@@ -101,26 +101,37 @@ class Attention(nn.Module):
         heads: H; must divide ``width``.
         memory_width: width of what is attended to, when it differs from ``width``.
         dropout: on the attention probabilities, in training only.
+        key_bias: whether keys have a bias, which changes no result, since it adds the same to every score of a query.
+            BEiT's and EVE's layers have none.
 
     ``explicit`` switches from PyTorch's fused kernel to written-out arithmetic with the same result; it then
     keeps the probabilities of the last call in ``probabilities_BHLM`` (see :func:`record_attention`).
     """
 
-    def __init__(self, width: int, heads: int, *, memory_width: int | None = None, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        memory_width: int | None = None,
+        dropout: float = 0.0,
+        key_bias: bool = True,
+    ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"attention width {width} is not divisible by its {heads} heads")
         self.heads = heads
         self.dropout = dropout
         self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(memory_width or width, 2 * width)
+        self.key_value = nn.Linear(memory_width or width, 2 * width, bias=key_bias)
+        self.value_bias = None if key_bias else nn.Parameter(torch.zeros(width))
         self.out = nn.Linear(width, width)
         self.explicit = False
         self.probabilities_BHLM: Tensor | None = None
 
     def remember(self, memory_BMD: Tensor, mask_BM: Tensor | None = None) -> Memory:
         """Keys and values of a memory, to be attended to many times."""
-        return Memory(*self._keys_values(self.key_value(memory_BMD)), mask_BM)
+        return Memory(*self._keys_values(self._joint(memory_BMD)), mask_BM)
 
     def forward(
         self,
@@ -141,7 +152,7 @@ class Attention(nn.Module):
         query_BHLK = self._split(self.query(x_BLD))
         if isinstance(memory, Memory):
             return self.out(self._attend_shared(query_BHLK, memory))
-        joint_BMW = self.key_value(x_BLD if memory is None else memory)
+        joint_BMW = self._joint(x_BLD if memory is None else memory)
         if cache is not None:
             joint_BMW = cache.append(joint_BMW)
             if causal and query_BHLK.shape[2] > 1:
@@ -169,7 +180,8 @@ class Attention(nn.Module):
             scores_BHM = scores_BHM.masked_fill(~mask_BM[:, None], torch.finfo(scores_BHM.dtype).min)
         share_BHM = F.dropout(scores_BHM.softmax(-1), self.dropout, self.training).to(memory_BMD.dtype)
         seen_BHK = torch.einsum("bhd,hkd->bhk", share_BHM @ memory_BMD, value_HKD)
-        bias_HK = self.key_value.bias.view(2, self.heads, head_width)[1]
+        bias = self.key_value.bias[self.heads * head_width :] if self.value_bias is None else self.value_bias
+        bias_HK = bias.view(self.heads, head_width)
         seen_BHK = seen_BHK + share_BHM.sum(2, keepdim=True) * bias_HK  # with dropout shares do not add up to one
         return self.out(seen_BHK.flatten(1).unsqueeze(1))
 
@@ -213,6 +225,12 @@ class Attention(nn.Module):
         if self.explicit:
             self.probabilities_BHLM = probabilities_BHLM
         return F.dropout(probabilities_BHLM, dropout, self.training).to(values_BHMK.dtype) @ values_BHMK
+
+    def _joint(self, memory_BMD: Tensor) -> Tensor:
+        """Keys and values, side by side."""
+        if self.value_bias is None:
+            return self.key_value(memory_BMD)
+        return F.linear(memory_BMD, self.key_value.weight, F.pad(self.value_bias, (len(self.value_bias), 0)))
 
     def _keys_values(self, joint_BMW: Tensor) -> tuple[Tensor, Tensor]:
         keys_BMD, values_BMD = joint_BMW.chunk(2, dim=-1)

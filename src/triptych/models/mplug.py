@@ -214,7 +214,7 @@ class MPlug(VisionLanguageModel):
         text, vision = config.text, config.vision
         self.width = self.pooled_width = text.width
         self.embed_dim = config.embed_dim
-        self.max_text = text.max_positions
+        self.max_text, self.patch = text.max_positions, vision.patch
         self.vision = VisionTransformer(vision)
         self.bridge = WidthBridge(vision.width, text) if vision.width != text.width else nn.Identity()
         self.text = TextEncoder(text, config.text_layers)

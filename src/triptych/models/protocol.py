@@ -130,7 +130,9 @@ class Fused:
         return Encoded.join(image, text)
 
 
-Part = Literal["image", "text", "fusion", "fused_image", "pooled", "embedding", "matching", "masked", "decoder"]
+Part = Literal[
+    "image", "text", "fusion", "fused_image", "pooled", "embedding", "matching", "masked", "pixels", "decoder"
+]
 """A use of a model. ``fused_image``: a head of a task's own reads :attr:`Fused.image_BND`, as decoders do; ``pooled``:
 one reads :attr:`Fused.pooled_BP`, as matching does too."""
 
@@ -139,7 +141,7 @@ class VisionLanguageModel(nn.Module, ABC):
     """A network with an image side, a text side and a fusion of both.
 
     ``width`` is D of the fused states, ``pooled_width`` the width of ``Fused.pooled_BP``, ``embed_dim`` E, and
-    ``max_text`` how many tokens the text side can read.
+    ``max_text`` how many tokens the text side can read; a picture's sides are multiples of ``patch`` pixels.
     """
 
     model_type: ClassVar[str]
@@ -153,6 +155,7 @@ class VisionLanguageModel(nn.Module, ABC):
     pooled_width: int
     embed_dim: int
     max_text: int
+    patch: int
     temperature: nn.Parameter
     decoder: TextDecoder | None
 
@@ -182,9 +185,28 @@ class VisionLanguageModel(nn.Module, ABC):
     def encode_picture(self, pixels_BCHW: Tensor) -> Encoded:
         """What :meth:`encode_image` does with single pictures."""
 
+    def encode_visible(self, pixels_BCHW: Tensor, kept_BK: Tensor) -> Encoded:
+        """As :meth:`encode_picture`, of the class token and the patches ``kept_BK`` alone, [B, 1 + K, D].
+
+        Raises:
+            ValueError: this network always reads whole pictures.
+        """
+        raise ValueError(f"a {self.model_type} cannot read a picture of which patches are hidden")
+
     @abstractmethod
     def encode_text(self, ids_BL: Tensor, mask_BL: Tensor | None = None) -> Encoded:
         """Token ids to text states."""
+
+    def image_states(self, image: Encoded) -> Encoded:
+        """What the image by itself becomes: what a decoder or a classifier reads, where there is no text.
+
+        Where encoding runs a tower of its own that is what it gave.
+        """
+        return image
+
+    def text_states(self, text: Encoded) -> Encoded:
+        """What the text by itself becomes."""
+        return text
 
     def embed_image(self, image: Encoded) -> Tensor:
         """Unit-length contrastive embeddings ``[B, E]``; of a clip that of the mean over its frames (official)."""
@@ -245,6 +267,18 @@ class VisionLanguageModel(nn.Module, ABC):
     @abstractmethod
     def masked_logits(self, text_XD: Tensor) -> Tensor:
         """``[X, V]`` vocabulary logits for (selected) fused text states."""
+
+    def paint(self, fused: Fused, kept_BK: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Colours [B, P, Y] of every patch of pictures that :meth:`encode_visible` read in part, after fusion.
+
+        Args:
+            kept_BK: which patches were read.
+            grid: rows and columns of patches.
+
+        Raises:
+            ValueError: the network has no decoder of pixels.
+        """
+        raise ValueError(f"this {self.model_type} has no decoder of pixels")
 
     def for_fused_image(self) -> Sequence[nn.Module]:
         """What of the fusion :attr:`Fused.image_BND` alone depends on, and neither the text states nor the pooled."""

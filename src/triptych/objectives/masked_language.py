@@ -8,10 +8,14 @@ Shape legend: B batch, L tokens, V vocabulary, X selected tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+Corruption = Literal["bert", "mask"]
+"""What becomes of a chosen token: BERT's mixture, or always the mask."""
 
 
 def mask_tokens(
@@ -22,12 +26,14 @@ def mask_tokens(
     mask_id: int,
     vocab_size: int,
     probability: float = 0.15,
+    corruption: Corruption = "bert",
 ) -> tuple[Tensor, Tensor]:
     """Corrupt tokens for prediction: of the chosen ones 80 % become the mask, 10 % a random token, 10 % stay.
 
     Args:
         uniform_BL3: numbers in [0, 1): whether to choose, what to do, and which random token.
         special: ids that are never chosen (padding, start, end...).
+        corruption: ``mask`` makes every chosen token the mask.
 
     Returns:
         The corrupted ids, and a bool ``[B, L]`` of the chosen positions.
@@ -36,6 +42,8 @@ def mask_tokens(
     allowed_BL = ~torch.isin(ids_BL, torch.tensor(list(special), device=ids_BL.device))
     chosen_BL = (choose_BL < probability) & allowed_BL
     random_BL = (token_BL * vocab_size).long().clamp(max=vocab_size - 1)
+    if corruption == "mask":
+        return torch.where(chosen_BL, mask_id, ids_BL), chosen_BL
     corrupted_BL = torch.where(action_BL < 0.8, mask_id, torch.where(action_BL < 0.9, random_BL, ids_BL))
     return torch.where(chosen_BL, corrupted_BL, ids_BL), chosen_BL
 

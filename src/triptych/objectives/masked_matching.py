@@ -116,8 +116,8 @@ class MaskedMatching(Alignment):
         logits_XV, labels_X = model.masked_logits(states_BLD[chosen_BL]), batch.text.ids_BL[chosen_BL]
         logits_X2 = model.match_logits(pooled_XP)
         self.measures = {
-            "mlm_accuracy": _accuracy(logits_XV, labels_X),
-            "itm_accuracy": _accuracy(logits_X2[pairs.counts], pairs.matches[pairs.counts].long()),
+            "mlm_accuracy": accuracy(logits_XV, labels_X),
+            "itm_accuracy": accuracy(logits_X2[pairs.counts], pairs.matches[pairs.counts].long()),
         }
         losses = {
             "mlm": mean_over_all(F.cross_entropy(logits_XV.float(), labels_X, reduction="none")),
@@ -159,6 +159,6 @@ class MaskedMatching(Alignment):
 
 
 @torch.no_grad()
-def _accuracy(logits_XK: Tensor, labels_X: Tensor) -> Tensor:
+def accuracy(logits_XK: Tensor, labels_X: Tensor) -> Tensor:
     """Share of rows whose largest logit is the label's; 0 without rows."""
     return (logits_XK.argmax(-1) == labels_X).sum() / max(1, len(labels_X))

@@ -24,7 +24,7 @@ from triptych.data.batches import ImageTextBatch, PretrainingBatch, Tokens
 from triptych.models.protocol import Encoded, Fused, Part, VisionLanguageModel
 from triptych.objectives.alignment import Alignment, AlignmentConfig
 from triptych.objectives.distributed import StepNoise, mean_over_all
-from triptych.objectives.masked_language import distillation, mask_tokens, sequence_distillation
+from triptych.objectives.masked_language import Corruption, distillation, mask_tokens, sequence_distillation
 from triptych.objectives.matching import matching_loss
 
 
@@ -57,7 +57,9 @@ class TextIds:
     vocab_size: int
 
 
-def mask_text(text: Tokens, text_ids: TextIds, probability: float, noise: StepNoise) -> tuple[Tokens, Tensor]:
+def mask_text(
+    text: Tokens, text_ids: TextIds, probability: float, noise: StepNoise, corruption: Corruption = "bert"
+) -> tuple[Tokens, Tensor]:
     """The text with masked tokens, and a bool ``[B, L]`` of those that were chosen."""
     ids_BL, chosen_BL = mask_tokens(
         text.ids_BL,
@@ -66,6 +68,7 @@ def mask_text(text: Tokens, text_ids: TextIds, probability: float, noise: StepNo
         mask_id=text_ids.mask,
         vocab_size=text_ids.vocab_size,
         probability=probability,
+        corruption=corruption,
     )
     return Tokens(ids_BL, text.mask_BL), chosen_BL & text.mask_BL
 

@@ -128,7 +128,7 @@ class Captioning(Task):
     def _memory(self, pixels: Tensor) -> Encoded:
         image = self.model.encode_image(pixels)
         if self.config.context == "image":
-            return image
+            return self.model.image_states(image)
         prompt_BL = self._ids(self.config.prompt, pixels, end=self.model.ends_texts)
         return self.model.fuse(image, self.model.encode_text(prompt_BL)).states()
 

@@ -80,7 +80,7 @@ class ImageClassification(UnimodalTask, ItemTask[LabelledImage, ImageLabelBatch]
         return lambda item: self.config.labels[label]
 
     def encode(self, batch: ImageLabelBatch) -> Encoded:
-        return self.model.encode_image(self.preprocessing.normalize(batch.pixels))
+        return self.model.image_states(self.model.encode_image(self.preprocessing.normalize(batch.pixels)))
 
     def forward(self, batch: ImageLabelBatch, step: int = 0, part: int = 0) -> dict[str, Tensor]:
         """Mean cross-entropy of the labels."""

@@ -171,7 +171,7 @@ class TextClassification(UnimodalTask):
         return TextBatch(tokens, class_indices(None if item.target is None else int(item.target) for item in items))
 
     def encode(self, batch: TextBatch) -> Encoded:
-        return self.model.encode_text(batch.text.ids_BL, batch.text.mask_BL)
+        return self.model.text_states(self.model.encode_text(batch.text.ids_BL, batch.text.mask_BL))
 
     def forward(self, batch: TextBatch, step: int = 0, part: int = 0) -> dict[str, Tensor]:
         """Mean cross-entropy of the labels, or mean squared error of the numbers."""

@@ -28,7 +28,9 @@ from triptych.data.transforms import Preprocessing
 from triptych.models import MODELS, ModelConfig, build, model_type_of
 from triptych.models.protocol import VisionLanguageModel
 from triptych.objectives.alignment import Alignment, AlignmentConfig
+from triptych.objectives.balance import BalanceConfig, Balanced, has_soft_router
 from triptych.objectives.masked_matching import MaskedMatching, MaskedMatchingConfig
+from triptych.objectives.masked_signal import MaskedSignal, MaskedSignalConfig
 from triptych.objectives.prefix_language import split_prefix
 from triptych.objectives.pretraining import Pretraining, PretrainingConfig, TextIds
 from triptych.objectives.ranking import RankingConfig, TextRanking
@@ -97,17 +99,21 @@ class Recipe:
             made.
         vocabulary: ``vocab.txt``, ``vocab.json`` (beside ``merges.txt``) or ``tokenizer.json``; by default that of a
             part in ``start``, else a WordPiece of ``model.text.vocab_size`` is trained on all texts of the data.
+        balance: the auxiliary loss of a network with a soft router (EVE).
         retrieval, captioning: how the model is evaluated.
     """
 
     name: str
-    objective: PretrainingConfig | MaskedMatchingConfig | AlignmentConfig | RankingConfig | TaskConfig
+    objective: (
+        PretrainingConfig | MaskedMatchingConfig | MaskedSignalConfig | AlignmentConfig | RankingConfig | TaskConfig
+    )
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
     optim: OptimConfig
     start: tuple[str, ...] = ()
     vocabulary: str | None = None
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     captioning: CaptioningConfig = field(default_factory=lambda: CaptioningConfig(context="fused"))
 
@@ -163,8 +169,9 @@ def run_recipe(recipe: Recipe, folder: Path, process: Process | None = None) -> 
         description = task_description(recipe, task)
         return save_folder(folder / name, model, tokenizer, recipe.data.preprocessing, task=description, task_state=own)
 
+    trained = Balanced(task, recipe.balance) if recipe.balance.weight and has_soft_router(model) else task
     trainer = Trainer(
-        task,
+        trained,
         loader,
         folder,
         recipe.train,
@@ -290,13 +297,15 @@ def _build_task(
     ids = TextIds(tokenizer.pad_id, tokenizer.mask_id, tokenizer.special_ids, tokenizer.vocab_size)
     if isinstance(objective, RankingConfig) and recipe.retrieval.candidates == 0:
         raise ValueError("ranking trains matching alone: give retrieval.candidates, or nothing trained is used")
-    untrained = isinstance(objective, MaskedMatchingConfig) and objective.contrast == "none"
+    untrained = isinstance(objective, MaskedMatchingConfig | MaskedSignalConfig) and objective.contrast == "none"
     if untrained and recipe.retrieval.candidates is not None:
         raise ValueError("no embeddings are trained that could choose candidates: set retrieval.candidates=None")
     if isinstance(objective, PretrainingConfig):
         return Pretraining(model, objective, ids, mean=pixels.mean, std=pixels.std, seed=seed)
     if isinstance(objective, MaskedMatchingConfig):
         return MaskedMatching(model, objective, ids, mean=pixels.mean, std=pixels.std, seed=seed)
+    if isinstance(objective, MaskedSignalConfig):
+        return MaskedSignal(model, objective, ids, mean=pixels.mean, std=pixels.std, seed=seed)
     if isinstance(objective, AlignmentConfig):
         return Alignment(model, objective, mean=pixels.mean, std=pixels.std, seed=seed)
     if isinstance(objective, RankingConfig):
