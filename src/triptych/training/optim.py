@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from triptych.models.protocol import VisionLanguageModel
+from triptych.training.muon import Muon
 
 Group = Literal["base", "fusion", "head", "vision"]
 _GROUPS: tuple[Group, ...] = get_args(Group)
@@ -101,7 +102,7 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> Optimizers:
     groups: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            by_muon = config.muon_lr is not None and parameter.dim() == 2 and not _is_table(name)
+            by_muon = config.muon_lr is not None and _multiplies(name, parameter)
             group = group_of[name] if group_of[name] == "vision" or rates[group_of[name]] is not None else "base"
             key = (by_muon, _GROUPS.index(group), _decays(name, parameter, config))
             groups.setdefault(key, []).append(parameter)
@@ -123,7 +124,7 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> Optimizers:
         torch.optim.AdamW(described(muon=False), betas=config.betas, eps=config.eps, fused=True)
     ]
     if config.muon_lr is not None:
-        parts.append(torch.optim.Muon(described(muon=True), lr=config.muon_lr))
+        parts.append(Muon(described(muon=True), lr=config.muon_lr))
     return Optimizers(*parts)
 
 
@@ -158,19 +159,24 @@ def _is_single(name: str) -> bool:
     return name.rpartition(".")[2] in ("token_type", "picture_types", "temperature") or ".gate." in name
 
 
+def _multiplies(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix, or a stack of experts' matrices, that states are multiplied with."""
+    return parameter.dim() in (2, 3) and not (_is_table(name) or name.endswith("bias"))
+
+
 def _is_table(name: str) -> bool:
     """Whether a matrix is a table of vectors: its rows are looked up or added, not multiplied with."""
     return _is_added(name) or "embeddings." in name or "word.weight" in name
 
 
 def _is_added(name: str) -> bool:
-    """Whether a matrix holds vectors that are added to states (of places, of NLVR2's two pictures)."""
-    return "position_embedding" in name or "picture_types" in name
+    """Whether a matrix holds vectors that are added to states (of places, of modalities, of NLVR2's two pictures)."""
+    return "position_embedding" in name or "picture_types" in name or name.endswith("router.modality")
 
 
 def _decays(name: str, parameter: nn.Parameter, config: OptimConfig) -> bool:
     if config.decay == "matrices":
-        return parameter.dim() > 1 and not _is_added(name)
+        return parameter.dim() > 1 and not (_is_added(name) or name.endswith("bias"))
     decayed_norm = "vision." in name or "bridge." in name or name == "head.norm.weight"
     spared_norm = name.endswith("norm.weight") and not decayed_norm
     return not (name.endswith("bias") or spared_norm)

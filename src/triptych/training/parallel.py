@@ -58,12 +58,13 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     ``auto`` takes bf16 where the processor multiplies matrices in it. Evaluate under ``torch.no_grad``: under
     ``inference_mode`` autocast does not keep the weights that it has cast, and casts them at every use.
     """
-    if precision == "fp32" or (precision == "auto" and not _fast_bf16(device)):
+    if precision == "fp32" or (precision == "auto" and not fast_bf16(device)):
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def _fast_bf16(device: torch.device) -> bool:
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the processor multiplies matrices in bf16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
