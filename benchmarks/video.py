@@ -4,9 +4,9 @@
     python benchmarks/video.py --clips clips/*.mp4 --count 16
 
 Plain decoding goes through a clip from its beginning and converts the wanted frames, whose numbers it is given for
-nothing; "plain" in one thread, "plain threads" in as many as FFmpeg likes. Frames keep their size. Without --clips it
-makes H.264 clips of 10 seconds (of 320 x 240 and 1280 x 720 pixels) and of 2 minutes (320 x 240), with a key frame
-every 2 seconds.
+nothing; "plain" in one thread, "plain threads" in as many as FFmpeg likes. "torchcodec" is ours with torchcodec as the
+decoder, where it is installed and finds FFmpeg. Frames keep their size. Without --clips it makes H.264 clips of
+10 seconds (of 320 x 240 and 1280 x 720 pixels) and of 2 minutes (320 x 240), with a key frame every 2 seconds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from common import Options, Work, in_turns, options, parser, report
-from triptych.data.video import frame_indices, read_frames
+from triptych.data.video import frame_indices, import_torchcodec, read_frames
 
 RATE = 25
 
@@ -70,7 +70,15 @@ def count_frames(path: str) -> int:
         return sum(1 for _ in container.decode(video=0))
 
 
-def measure(path: Path, count: int, how: Options) -> dict[str, object]:
+def torchcodec_version() -> str | None:
+    try:
+        found = import_torchcodec()
+    except ImportError:
+        return None
+    return f"{found.__version__} with FFmpeg {found.ffmpeg_major_version}"
+
+
+def measure(path: Path, count: int, with_torchcodec: bool, how: Options) -> dict[str, object]:
     length = count_frames(str(path))
     wanted = frame_indices(length, count)
     calls: dict[str, Callable[[], list[Image.Image]]] = {
@@ -78,6 +86,8 @@ def measure(path: Path, count: int, how: Options) -> dict[str, object]:
         "plain": partial(plain, str(path), wanted, "SLICE", 1),
         "plain threads": partial(plain, str(path), wanted, "AUTO", 0),
     }
+    if with_torchcodec:
+        calls["torchcodec"] = partial(calls["ours"], decoder="torchcodec")
     for call in calls.values():
         call()
     timings = in_turns({name: Work(call, count) for name, call in calls.items()}, how)
@@ -86,8 +96,7 @@ def measure(path: Path, count: int, how: Options) -> dict[str, object]:
         "frames": length,
         "wanted": count,
         **{f"{name}, frames/s": round(timings.rate(name), 1) for name in calls},
-        "plain / ours": round(timings.ratio("plain", "ours"), 2),
-        "plain threads / ours": round(timings.ratio("plain threads", "ours"), 2),
+        **{f"{name} / ours": round(timings.ratio(name, "ours"), 2) for name in calls if name != "ours"},
     }
 
 
@@ -97,10 +106,12 @@ def main() -> None:
     arguments_of.add_argument("--count", type=int, default=16, help="frames of a clip")
     arguments = arguments_of.parse_args()
     how = options(arguments)
+    version = torchcodec_version()
+    settings = {"pyav": av.__version__, "torchcodec": version or "not there: torchcodec or the libraries of FFmpeg"}
     with tempfile.TemporaryDirectory() as folder:
         clips = arguments.clips or write_clips(Path(folder), how.quick)
-        rows = [measure(path, arguments.count, how) for path in clips]
-    report("video", {"clips": "given" if arguments.clips else "generated", "pyav": av.__version__}, rows, {})
+        rows = [measure(path, arguments.count, version is not None, how) for path in clips]
+    report("video", {"clips": "given" if arguments.clips else "generated", **settings}, rows, {})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from triptych.data.pictures import alike, file_record, read_pictures, show, stac
 from triptych.data.samples import BrokenSample
 from triptych.data.sources import Source, open_source
 from triptych.data.tokenizers import Tokenizer
-from triptych.data.transforms import FrameChoice, FrameRule, Preprocessing, Transform
+from triptych.data.transforms import FrameChoice, FrameDecoder, FrameRule, Preprocessing, Transform
 from triptych.generation import BeamSearch
 from triptych.models.protocol import VisionLanguageModel
 from triptych.progress import counted, progress
@@ -62,6 +62,7 @@ class Predictor:
         candidates: int | None = None,
         frames: int | None = None,
         frame_rule: FrameRule | None = None,
+        frame_decoder: FrameDecoder | None = None,
         answers: Sequence[str] | None = None,
     ) -> Self:
         """Load a checkpoint folder or Hub id, on a GPU where there is one.
@@ -70,7 +71,7 @@ class Predictor:
             precision: of the arithmetic.
             beams: width of the caption search; by default the checkpoint's.
             candidates: of retrieval, re-ranked by matching; by default the checkpoint's.
-            frames, frame_rule: seen of a video; by default as the checkpoint says.
+            frames, frame_rule, frame_decoder: seen of a video; by default as the checkpoint says.
             answers: of a model for questions: choose every answer among these.
             compile: see :func:`triptych.training.parallel.compile_inference`.
 
@@ -98,8 +99,9 @@ class Predictor:
                 raise ValueError(f"answers to choose among: {reason}")
             task["vqa"] = {**task["vqa"], "answering": "rank", "answers": list(answers)}
         preprocessing = loaded.preprocessing
-        count = preprocessing.frames.count if frames is None else frames
-        seen = FrameChoice(count, frame_rule or preprocessing.frames.rule)
+        trained = preprocessing.frames
+        count = trained.count if frames is None else frames
+        seen = FrameChoice(count, frame_rule or trained.rule, frame_decoder or trained.decoder)
         loaded.model.eval()
         if compile:
             compile_inference(loaded.model)

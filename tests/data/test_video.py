@@ -502,6 +502,12 @@ def test_at_least_half_of_the_wanted_frames_must_decode():
         read_frames(destroy(encoded, [2, 7, 12, 17, 22]), 8, "k")
 
 
+def test_wanted_frames_that_stand_in_for_others_count_as_decoded():
+    """Lost from a wanted frame up to the next, which does decode, four times over."""
+    lost = [number for start in (2, 12, 22, 32) for number in range(start, start + 5)]
+    assert numbers(read_frames(destroy(clip(40, INTRA, "mov"), lost), 8, "k")) == [7, 7, 17, 17, 27, 27, 37, 37]
+
+
 def test_errors_are_bounded(monkeypatch, decoded):
     monkeypatch.setattr(video, "_MAX_ERRORS", 3)
     encoded = destroy(clip(40, INTRA, "mov"), range(10))

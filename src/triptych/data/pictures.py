@@ -35,7 +35,8 @@ def show(record: Record, transform: Transform, frames: FrameChoice) -> Tensor:
     if record.problem is not None:
         raise BrokenSample(record.key, record.problem)
     if record.image is None and record.extra.get("video"):
-        return transform_clip(read_frames(record.extra["video"], frames.count, record.key, frames.rule), transform)
+        seen = read_frames(record.extra["video"], frames.count, record.key, frames.rule, decoder=frames.decoder)
+        return transform_clip(seen, transform)
     if record.image is None and record.extra.get("images"):
         return torch.stack([transform(load_image(image, record.key)) for image in record.extra["images"]])
     return transform(decode_image(record))

@@ -32,6 +32,7 @@ Transform = Callable[[Image.Image], Tensor]
 """RGB picture of any size -> uint8 tensor (C, image_size, image_size)."""
 
 FrameRule = Literal["uniform", "official"]
+FrameDecoder = Literal["pyav", "torchcodec"]
 Resize = Literal["squash", "crop", "port"]
 
 _MPLUG = RandomAugment()
@@ -53,14 +54,20 @@ class FrameChoice:
     """Which frames of a clip are looked at: ``count``, chosen by ``rule`` (:func:`triptych.data.video.frame_indices`).
 
     mPLUG's paper takes 8 for retrieval; its code 12 for retrieval, 16 for questions and 8 for captions.
+
+    ``decoder`` is what :func:`triptych.data.video.read_frames` decodes them with. It is asked for, never chosen by what
+    is installed: of damaged files torchcodec gives other frames than PyAV.
     """
 
     count: int = 8
     rule: FrameRule = "uniform"
+    decoder: FrameDecoder = "pyav"
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.rule not in get_args(FrameRule):
             raise ValueError(f"frames need a count from 1 on and uniform or official, got {self.count}, {self.rule!r}")
+        if self.decoder not in get_args(FrameDecoder):
+            raise ValueError(f"frames are decoded by {' or '.join(get_args(FrameDecoder))}, not {self.decoder!r}")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ decoded, by jumps from key frame to key frame where that saves decoding, and onl
 Decoding runs in one thread. Loader workers are processes, as many as there are cores, and more threads in each
 would compete; decoders that work on several frames at once also hold more memory, and can hang when they are
 left before the end of a video, which is what reading a few frames means.
+
+Where it is asked for, torchcodec decodes in place of PyAV, which still lists the packets and sets the limits.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from triptych.data.samples import MAX_PIXELS, BrokenSample, open_binary, read_bytes
-from triptych.data.transforms import FrameRule, Transform
+from triptych.data.transforms import FrameDecoder, FrameRule, Transform
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame, VideoStream
@@ -75,7 +77,13 @@ def frame_indices(length: int, count: int, rule: FrameRule = "uniform") -> list[
 
 
 def read_frames(
-    location: bytes | str, count: int, key: str, rule: FrameRule = "uniform", *, shorter_side: int | None = 512
+    location: bytes | str,
+    count: int,
+    key: str,
+    rule: FrameRule = "uniform",
+    *,
+    shorter_side: int | None = 512,
+    decoder: FrameDecoder = "pyav",
 ) -> list[Image.Image]:
     """`count` frames of a video, in the order in which they are shown.
 
@@ -89,6 +97,11 @@ def read_frames(
         rule: which frames, see `frame_indices`.
         shorter_side: larger frames are scaled down until their shorter side has so many pixels; None keeps them.
             All wanted frames are held in memory at this size, so give what the transform needs.
+        decoder: with "torchcodec" it decodes what is in MP4, MOV, Matroska and WebM; PyAV decodes other containers, of
+            which torchcodec gave neighbours of the wanted frames. Of undamaged videos the pictures are the same, but
+            for about a level of grey where they are scaled down. Of damaged ones torchcodec loses more: it does not
+            go on behind an error before the first frame that it gives, and what it cannot decode is replaced by the
+            next *wanted* frame.
 
     Returns:
         Upright 8-bit RGB pictures, all of one size; one that is wanted twice is the same picture twice.
@@ -98,20 +111,24 @@ def read_frames(
         BrokenSample: naming `key`, when the video cannot be read, is of no format of `CONTAINERS`, has no video
             stream or more than `MAX_PACKETS` frames, claims more pixels than `samples.MAX_PIXELS`, or when fewer
             than half of the wanted frames decode.
-        ValueError: `count`, `rule` or `shorter_side` is out of range.
-        ImportError: PyAV is not installed.
+        ValueError: `count`, `rule`, `shorter_side` or `decoder` is out of range.
+        ImportError: PyAV, or torchcodec where it is asked for, is not installed.
     """
     frame_indices(1, count, rule)  # a wrong argument is no fault of the video
     if shorter_side is not None and shorter_side < 1:
         raise ValueError(f"shorter_side must be at least 1, got {shorter_side}")
+    if decoder not in get_args(FrameDecoder):
+        raise ValueError(f"unknown decoder {decoder!r}; there are {', '.join(get_args(FrameDecoder))}")
     ffmpeg_error = import_av().FFmpegError
+    if decoder == "torchcodec":
+        import_torchcodec()
     try:
         file = _open_file(location)
     except (OSError, ValueError) as error:
         raise BrokenSample(key, f"cannot read {location!r}: {error}") from error
     with file:
         try:
-            return _read(file, count, key, rule, shorter_side)
+            return _read(file, count, key, rule, shorter_side, decoder)
         except (ffmpeg_error, OSError) as error:
             raise BrokenSample(key, f"cannot read the video: {error.strerror or error}") from error
 
@@ -146,6 +163,23 @@ def import_av() -> Any:
     return av
 
 
+def import_torchcodec() -> Any:
+    """torchcodec, of version 0.12 or later.
+
+    Raises:
+        ImportError: it is not installed, or does not find FFmpeg; the message says what to install.
+    """
+    needs = 'Decoding with torchcodec needs it (pip install "triptych-vl[torchcodec]") and'
+    needs = f"{needs} the shared libraries of FFmpeg 4 to 8 where the system finds them; PyAV needs neither"
+    try:
+        import torchcodec
+    except (ImportError, OSError, RuntimeError) as error:  # earlier versions' RuntimeError: there is no FFmpeg
+        raise ImportError(needs) from error
+    if torchcodec.ffmpeg_major_version is None:
+        raise ImportError(needs)
+    return torchcodec
+
+
 def _open_file(location: bytes | str) -> Any:
     """A binary file that can be wound back; of paths and URLs only what is needed is in memory."""
     if isinstance(location, bytes):
@@ -153,11 +187,16 @@ def _open_file(location: bytes | str) -> Any:
     return BytesIO(read_bytes(location)) if ".tar:" in location else open_binary(location)
 
 
-def _read(file: Any, count: int, key: str, rule: FrameRule, shorter_side: int | None) -> list[Image.Image]:
+def _read(
+    file: Any, count: int, key: str, rule: FrameRule, shorter_side: int | None, decoder: FrameDecoder
+) -> list[Image.Image]:
     with _open_video(file, key) as video:
         index = video.list_packets(key)
         wanted = frame_indices(index.length, count, rule)
         if index.times:
+            if decoder == "torchcodec":
+                file.seek(0)
+                return _choose(_by_torchcodec(file, video.stream, index, wanted, key), wanted, shorter_side, key)
             try:
                 return _choose(video.jump(index, wanted), wanted, shorter_side, key)
             except _LostError:
@@ -178,7 +217,7 @@ def _choose(
     for number, last in numbered:
         if number < missing[-1]:
             continue
-        found += number == missing[-1]
+        found += number in missing
         picture = to_picture(last)
         while missing and missing[-1] <= number:
             pictures[missing.pop()] = picture
@@ -191,6 +230,27 @@ def _choose(
     if missing:
         pictures |= dict.fromkeys(missing, to_picture(last))
     return [pictures[number] for number in wanted]
+
+
+def _by_torchcodec(
+    file: Any, stream: VideoStream, index: _Index, wanted: list[int], key: str
+) -> Iterator[tuple[int, VideoFrame]]:
+    """The wanted frames that torchcodec decodes, upright, with their numbers."""
+    settings = {"dimension_order": "NHWC", "num_ffmpeg_threads": 1, "device": "cpu"}
+    try:
+        decoder = import_torchcodec().decoders.VideoDecoder(file, stream_index=stream.index, **settings)
+    except (RuntimeError, ValueError) as error:
+        raise BrokenSample(key, "torchcodec cannot open the video") from error
+    for number in dict.fromkeys(wanted):
+        try:
+            shown = decoder.get_frame_at(number)
+        except (IndexError, RuntimeError):  # it does not decode, or torchcodec counts fewer frames
+            continue
+        height, width, _ = shown.data.shape
+        if height * width <= MAX_PIXELS:
+            # Its time says which frame it is: in place of a lost one torchcodec gives a later one.
+            given = bisect_left(index.times, round(shown.pts_seconds / stream.time_base))
+            yield given, import_av().VideoFrame.from_ndarray(shown.data.numpy(), format="rgb24")
 
 
 class _ToPicture:

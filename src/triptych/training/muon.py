@@ -1,9 +1,9 @@
 """Muon: momentum whose matrices are made orthogonal before they are added.
 
 Jordan et al. 2024 (KellerJordan/Muon). The arithmetic is that of ``torch.optim.Muon`` with its defaults, which always
-iterates in bf16, one matrix at a time: on a processor without bf16 arithmetic that took 3.6 s a step of mPLUG-tiny, twice
-the rest of it, and takes 0.2 s so. Here matrices of one shape are iterated together, in fp32 where bf16 is slow; and a stack of
-matrices, such as the weights of experts, is a parameter like any other.
+iterates in bf16, one matrix at a time. On a processor without bf16 arithmetic that took 3.6 s a step of mPLUG-tiny,
+twice the rest of it, and takes 0.2 s so: here matrices of one shape are iterated together, in fp32 where bf16 is slow.
+A stack of matrices, such as the weights of experts, is a parameter like any other.
 
 Shape legend: M matrices, R rows, C columns.
 """
