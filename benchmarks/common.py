@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -24,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+
+from triptych.training.flops import UNCOUNTED
 
 Call = Callable[[], object]
 
@@ -119,9 +123,34 @@ def in_turns(works: Mapping[str, Work], how: Options) -> Timings:
 
 def count_flops(call: Call) -> int:
     """Floating-point operations of the matrix products, convolutions and attention of one call."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
         call()
     return counter.get_total_flops()
+
+
+def page_faults(call: Call) -> int:
+    """How many pages of memory one call was the first to touch; each costs the processor a microsecond or more."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def waited_for(call: Call, device: torch.device) -> Call:
+    """The call, over when its device has done it."""
+
+    def run() -> None:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return run
+
+
+def apart(*arguments: str, environment: Mapping[str, str] | None = None) -> Any:
+    """What this script, with its own and these further arguments, prints in a process of its own."""
+    command = [sys.executable, *sys.argv, *arguments]
+    merged = os.environ | dict(environment or {})
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=merged).stdout)
 
 
 def products(dtype: torch.dtype, quick: bool = False) -> dict[str, Work]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from triptych.models import MODELS, build
+from triptych.models.eve import Eve
 from triptych.models.layers import Attention, record_attention, use_explicit_attention
 from triptych.models.protocol import Encoded, Fused, VisionLanguageModel
 from triptych.models.text import TextConfig
@@ -65,6 +66,7 @@ class Outputs:
     match_B2: Tensor
     masked_BLV: Tensor
     decoded_BLV: Tensor | None
+    painted_BPY: Tensor | None
 
     def rows(self, row: int, length: int) -> list[Tensor]:
         """What is said of one row's real tokens."""
@@ -72,13 +74,14 @@ class Outputs:
         found += [level[row] for level in self.image.levels] + [level[row, :length] for level in self.text.levels]
         found += [self.image_BE[row], self.text_BE[row], self.fused.image_BND[row], self.fused.text_BLD[row, :length]]
         found += [self.fused.pooled_BP[row], self.match_B2[row], self.masked_BLV[row, :length]]
-        return found if self.decoded_BLV is None else [*found, self.decoded_BLV[row, :length]]
+        found += [] if self.decoded_BLV is None else [self.decoded_BLV[row, :length]]
+        return found if self.painted_BPY is None else [*found, self.painted_BPY[row]]
 
     def everything(self) -> list[Tensor]:
         found = [self.image.hidden_BLD, self.text.hidden_BLD, *self.image.levels, *self.text.levels]
         found += [self.image_BE, self.text_BE, self.fused.image_BND, self.fused.text_BLD, self.fused.pooled_BP]
         found += [self.match_B2, self.masked_BLV]
-        return found if self.decoded_BLV is None else [*found, self.decoded_BLV]
+        return found + [extra for extra in (self.decoded_BLV, self.painted_BPY) if extra is not None]
 
     def scalar(self) -> Tensor:
         """A number that depends on all of it, with fixed random weights."""
@@ -89,7 +92,10 @@ class Outputs:
 
 
 def run(model: VisionLanguageModel, x: Inputs) -> Outputs:
-    """Every function of the protocol, the decoder reading the text over the fused state."""
+    """Every function of the protocol, the decoder reading the text over the fused state; and what paints, paints."""
+    painted_BPY = None
+    if getattr(model, "pixel_decoder", None) is not None:
+        painted_BPY = paint_hidden(model, x)
     image, text = model.encode_image(x.pixels_BCHW), model.encode_text(x.ids_BL, x.mask_BL)
     fused = model.fuse(image, text)
     decoded_BLV = None
@@ -104,7 +110,16 @@ def run(model: VisionLanguageModel, x: Inputs) -> Outputs:
         model.match_logits(fused.pooled_BP),
         model.masked_logits(fused.text_BLD),
         decoded_BLV,
+        painted_BPY,
     )
+
+
+def paint_hidden(model: VisionLanguageModel, x: Inputs) -> Tensor:
+    """Every patch, painted from every second one and the text."""
+    grid = (x.pixels_BCHW.shape[2] // model.patch, x.pixels_BCHW.shape[3] // model.patch)
+    kept_BK = torch.arange(0, grid[0] * grid[1], 2).expand(len(x.pixels_BCHW), -1)
+    visible = model.encode_visible(x.pixels_BCHW, kept_BK)
+    return model.paint(model.fuse(visible, model.encode_text(x.ids_BL, x.mask_BL)), kept_BK, grid)
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -204,21 +219,25 @@ def test_every_head_teaches_the_encoders(model: VisionLanguageModel, inputs: Inp
 
 
 def test_parts_divide_the_parameters(case: Any, model: VisionLanguageModel) -> None:
-    """Every parameter is in one part, and a part can be trained without the others."""
-    of_attribute = {name: part for part, names in model.parts.items() for name in names}
-    assert len(of_attribute) == sum(len(names) for names in model.parts.values())
+    """Every parameter is in some part, in one where there are towers, and a part can be trained without the others."""
+    of_attribute: dict[str, set[str]] = {}
+    for part, names in model.parts.items():
+        for name in names:
+            of_attribute.setdefault(name, set()).add(part)
+    assert model.model_type == "eve" or all(len(parts) == 1 for parts in of_attribute.values())
     assert set(of_attribute) <= {name for name, _ in model.named_children()} | {"temperature"}
     attributes = {name: name.partition(".")[0] for name, _ in model.named_parameters()}
-    owners = {name: of_attribute.get(attribute, "none") for name, attribute in attributes.items()}
-    assert {attributes[name] for name, owner in owners.items() if owner == "none"} == {case.beside} - {None}
+    owners = {name: of_attribute.get(attribute, set()) for name, attribute in attributes.items()}
+    assert {attributes[name] for name, parts in owners.items() if not parts} == {case.beside} - {None}
     for part in model.parts:
         model.train_only(part)
-        assert {owners[name] for name, p in model.named_parameters() if p.requires_grad} == {part}
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained or part == "fusion"
+        assert all(part in owners[name] for name in trained)
     model.train_only(*model.parts)
-    assert all(p.requires_grad for name, p in model.named_parameters() if owners[name] != "none")
-    model.train_only("fusion", "fused_image")
-    assert {owners[name] for name, p in model.named_parameters() if p.requires_grad} == {"fusion"}
-    assert all(p.requires_grad for name, p in model.named_parameters() if owners[name] == "fusion")
+    assert all(p.requires_grad for name, p in model.named_parameters() if owners[name])
+    model.train_only("image", "text", "fusion", "fused_image")
+    assert all(p.requires_grad for name, p in model.named_parameters() if "fusion" in owners[name])
 
 
 @pytest.mark.parametrize("reader", ["decoder", "fused_image"])
@@ -520,7 +539,8 @@ def test_attention_is_recorded(model: VisionLanguageModel, inputs: Inputs) -> No
     N = inputs.pixels_BCHW.shape[-1] ** 2 // 64 + 1
     for name, probabilities_BHLM in maps.items():
         assert probabilities_BHLM.shape[:2] == (B, 2), name
-        assert {probabilities_BHLM.shape[2], probabilities_BHLM.shape[3]} <= {N, L, N + L}, name
+        lengths = {N, L, N + L} if "pixel_decoder" not in name else {N}
+        assert {probabilities_BHLM.shape[2], probabilities_BHLM.shape[3]} <= lengths, name
         assert (probabilities_BHLM >= 0).all()
         torch.testing.assert_close(probabilities_BHLM.sum(-1), torch.ones(probabilities_BHLM.shape[:3]))
     padding_BL = ~inputs.mask_BL
@@ -551,7 +571,7 @@ def test_recording_leaves_no_trace_after_an_exception(model: VisionLanguageModel
 
 def test_only_layers_that_ran_are_recorded(model: VisionLanguageModel, inputs: Inputs) -> None:
     with torch.no_grad(), record_attention(model) as maps:
-        model.encode_text(inputs.ids_BL, inputs.mask_BL)
+        model.text_states(model.encode_text(inputs.ids_BL, inputs.mask_BL))
     everything = {name for name, module in model.named_modules() if isinstance(module, Attention)}
     assert maps
     assert set(maps) < everything
@@ -572,7 +592,12 @@ def test_a_clip_is_embedded_as_the_mean_of_its_frames(model: VisionLanguageModel
     frames_BFCHW = torch.stack([inputs.pixels_BCHW, inputs.pixels_BCHW.flip(0)], dim=1)
     first, second = (model.encode_image(frames_BFCHW[:, number]) for number in range(2))
     levels = tuple((a + b) / 2 for a, b in zip(first.levels, second.levels, strict=True))
-    expected_BE = model.embed_picture(Encoded((first.hidden_BLD + second.hidden_BLD) / 2, None, levels))
+    mean = Encoded((first.hidden_BLD + second.hidden_BLD) / 2, None, levels)
+    if isinstance(model, Eve):  # what it encodes are embeddings: the mean is that of states
+        mean_BD = (model.image_states(first).hidden_BLD[:, 0] + model.image_states(second).hidden_BLD[:, 0]) / 2
+        expected_BE = nn.functional.normalize(model.image_projection(mean_BD), dim=-1)
+    else:
+        expected_BE = model.embed_picture(mean)
     torch.testing.assert_close(model.embed_image(model.encode_image(frames_BFCHW)), expected_BE)
     still_BFCHW = inputs.pixels_BCHW[:, None].expand(-1, 4, -1, -1, -1)
     once = model.embed_image(model.encode_image(inputs.pixels_BCHW))

@@ -249,8 +249,10 @@ class ImageEmbeddings(nn.Module):
         height, width = pixels_BCHW.shape[-2:]
         if height % patch or width % patch:
             raise ValueError(f"image of {height} x {width} pixels: both sides must be multiples of the patch, {patch}")
-        patches_BPD = self.patch_embedding(pixels_BCHW).flatten(2).transpose(1, 2)
         grid = (height // patch, width // patch)
+        if kept_BK is not None and self.config.stem == "convolution":  # which would look beyond the patch
+            pixels_BCHW = hide_patches(pixels_BCHW, kept_BK, grid)
+        patches_BPD = self.patch_embedding(pixels_BCHW).flatten(2).transpose(1, 2)
         position_ND = resize_positions(self.position_embedding, grid, self.config.interpolation)
         class_B1D = (self.class_embedding + position_ND[0]).to(patches_BPD.dtype).expand(len(patches_BPD), 1, -1)
         if kept_BK is None or not self.unpositioned:
@@ -266,6 +268,16 @@ class ImageEmbeddings(nn.Module):
         table_ND = resize_positions(self.position_embedding.detach(), (side, side), config.interpolation)
         self.position_embedding = nn.Parameter(table_ND.clone())
         self.config = config
+
+
+def hide_patches(pixels_BCHW: Tensor, kept_BK: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The pictures with every patch but the kept ones 0, which is the mean colour."""
+    rows, columns = grid
+    shown_BP = torch.zeros(len(kept_BK), rows * columns, dtype=torch.bool, device=kept_BK.device)
+    shown_B1YX = shown_BP.scatter(1, kept_BK, True).view(-1, 1, rows, columns)
+    height, width = pixels_BCHW.shape[-2] // rows, pixels_BCHW.shape[-1] // columns
+    shown_B1HW = shown_B1YX.repeat_interleave(height, dim=2).repeat_interleave(width, dim=3)
+    return pixels_BCHW.masked_fill(~shown_B1HW, 0)
 
 
 class EveTextEmbeddings(nn.Module):

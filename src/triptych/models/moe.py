@@ -196,8 +196,6 @@ class Dispatch:
 
     def tokens(self, y_RD: Tensor, weight_SK: Tensor) -> Tensor:
         """[R, D] rows to [S, D] tokens: the weighted sum of a token's K rows; 0 where a token takes no part."""
-        if len(y_RD) == 0:
-            return y_RD.new_zeros(len(weight_SK), y_RD.shape[1]) + 0 * weight_SK.sum()
         y_SKD = _FromRows.apply(y_RD, self)
         if self.real_S is not None:
             weight_SK = weight_SK * self.real_S[:, None]
@@ -231,6 +229,8 @@ class _FromRows(torch.autograd.Function):
     def forward(ctx: Any, y_RD: Tensor, dispatch: Dispatch) -> Tensor:
         ctx.dispatch = dispatch
         S, K = dispatch.place_SK.shape
+        if len(y_RD) == 0:  # yet with a graph: other processes may wait for this one's part of the backward pass
+            return y_RD.new_zeros(S, K, y_RD.shape[1])
         return y_RD.index_select(0, dispatch.place_SK.flatten()).view(S, K, -1)
 
     @staticmethod
@@ -294,11 +294,16 @@ class SoftMoE(nn.Module):
         if modality_MD is not None and self.config.modality_into_experts:
             x_SD = x_SD + modality_MD[modality_S]
         choice, routing = self.router(x_SD, modality_S, real_S)
-        if self.routings is not None:
-            self.routings.append(routing)
+        self._record(routing)
         dispatch = Dispatch(choice.expert_SK, self.config.experts, real_S, real * self.config.top_k)
         y_RD = self.experts(dispatch.rows(x_SD), dispatch.counts_E)
         return dispatch.tokens(y_RD, choice.weight_SK)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _record(self, routing: Routing) -> None:
+        """Apart from what is compiled: a block that is recomputed when nobody records must be the same code."""
+        if self.routings is not None:
+            self.routings.append(routing)
 
 
 @contextmanager

@@ -5,12 +5,24 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 # Dense bf16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets.
 _GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "V100": 125e12}
+
+
+def _grouped_flops(x: Sequence[int], y: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of a grouped matrix product, from the shapes of its factors; of two matrices, the groups share what is summed."""
+    groups = x[0] if len(x) == len(y) == 3 else 1
+    return 2 * groups * x[-2] * x[-1] * y[-1]
+
+
+UNCOUNTED: dict[Any, Callable[..., int]] = {torch.ops.aten._grouped_mm: _grouped_flops}
+"""What torch's own counter of operations (2.15) takes for nothing, and what it is."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
