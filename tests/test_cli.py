@@ -308,7 +308,9 @@ def test_a_submission_of_texts(
     assert "looks at no pictures" in fails(*common, "--blank")
 
 
-def test_frames_of_clips(run: Run, fails: Callable[..., str], pretrained: Path, tmp_path: Path) -> None:
+def test_frames_of_clips(
+    run: Run, fails: Callable[..., str], pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("av")
     counts = ["--train", 0, "--test", 2, "--compositions", 0]
     written = run("data", "shapes", tmp_path, *counts, "--size", 48, "--max-objects", 2, "--clips", 2)
@@ -330,6 +332,12 @@ def test_frames_of_clips(run: Run, fails: Callable[..., str], pretrained: Path, 
     assert captions() == captions("--frames", 8, "--frame-rule", "uniform")
     assert "frames need a count" in fails(*common, "--frames", 0)
     assert "invalid choice 'last'" in " ".join(fails(*common, "--frame-rule", "last").split())
+    assert captions("--frame-decoder", "pyav") == captions()
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    assert "triptych-vl[torchcodec]" in fails(*common, "--frame-decoder", "torchcodec")
+    given = ["--checkpoint", pretrained, "--frame-decoder", "torchcodec"]
+    (tmp_path / "clip.mp4").touch()
+    assert "triptych-vl[torchcodec]" in fails("predict", "caption", tmp_path / "clip.mp4", *given)
 
 
 def test_scores_of_answers_that_another_program_wrote(run: Run, fails: Callable[..., str], tmp_path: Path) -> None:

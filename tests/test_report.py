@@ -244,6 +244,17 @@ def test_curves_of_a_log() -> None:
     assert page.text.count("loss ") == 3
 
 
+def test_curves_of_what_was_measured() -> None:
+    records = [{"step": step, "loss": 1.0, "losses": {"mim": 1.0}, "busiest": 1.5, "idle": 0.25} for step in (1, 2)]
+    curves = report.curves_of(records)
+    assert [(line.name, line.unit, line.values) for line in curves.lines] == [
+        ("Masked image (MIM)", "loss", (1.0, 1.0)),
+        ("Busiest expert", "times an equal share", (1.5, 1.5)),
+        ("Experts without a token", "share", (0.25, 0.25)),
+    ]
+    assert report.curves_of(log(30) + records).lines[-1].unit == "share"
+
+
 def test_an_empty_log_has_no_curves() -> None:
     assert report.curves_of([]).lines == ()
     assert "Nothing was logged" in Page(report.curves_of([]).body()).text

@@ -34,7 +34,16 @@ ComparedTask = Literal["caption", "vqa", "grounding", "nlvr2", "entailment", "im
 """Those that look at pictures and score each by itself."""
 
 PublishedLayout = Literal[
-    "mplug", "mplug-modelscope", "bridgetower", "bridgetower-hf", "clip", "clip-hf", "bert-hf", "roberta-hf"
+    "mplug",
+    "mplug-modelscope",
+    "bridgetower",
+    "bridgetower-hf",
+    "eve",
+    "clip",
+    "clip-hf",
+    "bert-hf",
+    "roberta-hf",
+    "beit2",
 ]
 
 # Imports of torch stand inside the commands: `--help` and `score` should not wait for it.
@@ -51,7 +60,7 @@ class TrainingOptions:
         image_root: what the image paths of JSON lists are relative to.
         splits: splits to train on, of a file whose records name theirs (Karpathy: train restval).
         evaluate_splits: the same for the evaluation.
-        start: checkpoint folder or Hub id to start from, or folders of converted parts (CLIP, BERT, RoBERTa).
+        start: checkpoint folder or Hub id to start from, or folders of converted parts (CLIP, BERT, RoBERTa; BEiT-2).
         vocabulary: vocab.txt, vocab.json (beside merges.txt) or tokenizer.json; by default that of --start, else one is
             trained on the data.
         steps: optimiser steps.
@@ -169,6 +178,7 @@ def evaluate(
     answers: Path | None = None,
     frames: int | None = None,
     frame_rule: Literal["uniform", "official"] | None = None,
+    frame_decoder: Literal["pyav", "torchcodec"] | None = None,
 ) -> None:
     """Evaluate a checkpoint; scores go to stdout.
 
@@ -190,6 +200,7 @@ def evaluate(
         answers: of vqa: a JSON list of answers to choose among, or an object whose keys they are.
         frames: of videos: so many are looked at; by default as the checkpoint says (8).
         frame_rule: which: uniform over the whole video, or as mPLUG's code, which can miss the end.
+        frame_decoder: what decodes them; by default as the checkpoint says (PyAV).
     """
     from triptych.predict import Predictor
 
@@ -208,6 +219,7 @@ def evaluate(
         candidates=candidates,
         frames=frames,
         frame_rule=frame_rule,
+        frame_decoder=frame_decoder,
         answers=None if answers is None else _read_texts(answers),
     )
     report = predictor.evaluate(task, data, image_root, splits, limit=limit, blank=blank, fold=fold)
@@ -343,6 +355,7 @@ def predict(
     save: Path | None = None,
     beams: int | None = None,
     frames: int | None = None,
+    frame_decoder: Literal["pyav", "torchcodec"] | None = None,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
 ) -> None:
     """Use a checkpoint on pictures and videos: one JSON object an answer on stdout.
@@ -357,6 +370,7 @@ def predict(
         save: of grounding: a folder for copies of the pictures with the boxes drawn on them.
         beams: width of the search for captions; by default the checkpoint's.
         frames: of videos: so many are looked at.
+        frame_decoder: what decodes them; by default as the checkpoint says (PyAV).
         precision: arithmetic.
     """
     from triptych.ask import ask
@@ -366,7 +380,7 @@ def predict(
         raise ValueError("--save is for grounding")
     if beams is not None and task != "caption":
         raise ValueError("--beams is for captions")
-    predictor = Predictor.load(checkpoint, precision=precision, beams=beams, frames=frames)
+    predictor = Predictor.load(checkpoint, precision=precision, beams=beams, frames=frames, frame_decoder=frame_decoder)
     for number, answer in enumerate(ask(predictor, task, files, text)):
         if save is not None:
             answer["saved"] = str(_save_box(save, number, answer))
@@ -381,6 +395,112 @@ def _save_box(folder: Path, number: int, answer: Mapping[str, Any]) -> Path:
     path = folder / f"{Path(answer['image']).stem}-{number}.png"
     draw_box(load_image(answer["image"], answer["image"]), answer["box_xyxy"], answer["phrase"]).save(path)
     return path
+
+
+def reconstruct(
+    checkpoint: Path,
+    out: Path,
+    files: Positional[tuple[Path, ...]] = (),
+    text: tuple[str, ...] = (),
+    data: tuple[str, ...] = (),
+    image_root: str | None = None,
+    splits: tuple[str, ...] | None = None,
+    count: int = 8,
+    ratio: float | None = None,
+    against: Literal["none", "empty", "wrong"] = "none",
+    seed: int = 0,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+) -> None:
+    """Hide most of each picture, let a checkpoint paint it by a text (EVE), and draw a sheet of pictures.
+
+    A row has the picture, what was seen of it, and what was painted; each one's error goes to stdout.
+
+    Args:
+        checkpoint: a checkpoint folder.
+        out: the file to write: .png, .jpg...
+        files: picture files of any size, or none where there are --data.
+        text: what the files show: one text for all, or one for each.
+        data: in place of files: a data set with captions, as for training.
+        image_root: what the image paths of JSON lists are relative to.
+        splits: of a file whose records name theirs.
+        count: so many pictures of the data.
+        ratio: share of the patches that is hidden; by default as in training.
+        against: paint them also without a text (empty) or by that of another picture (wrong), beside.
+        seed: of what is hidden.
+        precision: arithmetic.
+    """
+    from PIL import Image
+
+    from triptych.data.sources import open_source
+    from triptych.predict import Predictor
+    from triptych.reconstruction import draw_sheet, pictures_of_data, pictures_of_files
+    from triptych.reconstruction import reconstruct as run
+
+    if bool(files) == bool(data):
+        raise ValueError("give either files or --data")
+    if data and text:
+        raise ValueError("--data have captions: --text is for files")
+    if count < 1:
+        raise ValueError(f"--count must be at least 1, not {count}")
+    if not out.parent.is_dir():
+        raise ValueError(f"there is no folder {out.parent} for the sheet")
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{out} must end as pictures do, with .png or .jpg")
+    predictor = Predictor.load(checkpoint, precision=precision)
+    if files:
+        pictures = pictures_of_files(predictor, files, text)
+    else:
+        pictures = pictures_of_data(predictor, open_source(data, image_root=image_root, splits=splits), count)
+    found = run(predictor, pictures, ratio=ratio, seed=seed, against=against)
+    for one in found:
+        errors = [{"text": painting.text, "error": painting.error} for painting in one.paintings]
+        _print_json({"image": one.picture.name, **errors[0]} | ({"against": errors[1]} if errors[1:] else {}))
+    draw_sheet(found, against).save(out)
+    _say(f"wrote {out}")
+
+
+def experts(
+    checkpoint: Path,
+    data: tuple[str, ...],
+    image_root: str | None = None,
+    splits: tuple[str, ...] | None = None,
+    limit: int = 0,
+    alone: bool = False,
+    svg: Path | None = None,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+) -> None:
+    """Which expert of a mixture works for which modality (EVE): shares of image and of text tokens, by layer.
+
+    Tables go to stderr, JSON to stdout.
+
+    Args:
+        checkpoint: a checkpoint folder.
+        data: pictures with captions, as for training; every caption is read with its picture.
+        image_root: what the image paths of JSON lists are relative to.
+        splits: of a file whose records name theirs.
+        limit: only so many pictures.
+        alone: count also passes of pictures by themselves and of texts by themselves.
+        svg: draw the shares here.
+        precision: arithmetic.
+    """
+    from rich.console import Console
+
+    from triptych.data.sources import open_source
+    from triptych.expert_load import draw, expert_load, table
+    from triptych.predict import Predictor
+
+    if svg is not None and not svg.parent.is_dir():
+        raise ValueError(f"there is no folder {svg.parent} for the figure")
+    predictor = Predictor.load(checkpoint, precision=precision)
+    source = open_source(data, image_root=image_root, splits=splits)
+    found = expert_load(predictor, source, limit=limit, alone=alone)
+    console = Console(stderr=True)
+    for layer in found.layers:
+        console.print(table(layer))
+    _print_json(found.to_dict())
+    if svg is not None:
+        svg.write_text(draw(found.layers), encoding="utf-8")
+        _say(f"wrote {svg}")
 
 
 def convert(
@@ -411,12 +531,12 @@ def convert(
         to: whose layout to write.
         vocab: vocab.txt, tokenizer.json or vocab.json (beside merges.txt), where there is none beside the source.
         resize: how pictures of other aspect ratios are seen; by default as published, port as transformers does.
-        answers: the classes of a BridgeTower fine-tuned for questions, in their order: a JSON list or object, or lines.
+        answers: the classes of a BridgeTower or EVE for questions, in their order: a JSON list or object, or lines.
         image_size: resize the position table to this resolution.
         stride: mPLUG's S, which no tensor tells (base 3, large 6).
         fusion_layers: how many of the allocated fusion layers the network runs, from the top (6).
         decoder_layers: for files without a decoder.
-        vision_heads: attention heads, if not width / 64.
+        vision_heads: attention heads, if not width / 64; of EVE's and BEiT-2's only Transformer, too.
         text_heads: attention heads, if not width / 64.
         keep_momentum: keep the momentum copies, in ema.safetensors.
         keep_queues: keep the contrastive queues.
@@ -584,6 +704,8 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "compare": compare,
     "score": score,
     "predict": predict,
+    "reconstruct": reconstruct,
+    "experts": experts,
     "convert": convert,
     "verify": verify,
     "data": data,

@@ -347,6 +347,34 @@ class PictureSearches:
 
 
 @dataclass(frozen=True)
+class Strip:
+    """Pictures that belong together, each with its name, and a text about them all."""
+
+    text: str
+    pictures: tuple[tuple[str, Picture], ...]
+
+
+@dataclass(frozen=True)
+class Strips:
+    """A row of pictures for each text."""
+
+    title: str
+    strips: tuple[Strip, ...]
+    note: str = ""
+
+    def body(self) -> str:
+        return "".join(map(self._row, self.strips))
+
+    @staticmethod
+    def _row(strip: Strip) -> str:
+        shown = "".join(
+            f"<figure>{_image(picture, name)}<figcaption>{escape(name)}</figcaption></figure>"
+            for name, picture in strip.pictures
+        )
+        return f'<div class="search"><p>{escape(strip.text)}</p><div class="strip">{shown}</div></div>'
+
+
+@dataclass(frozen=True)
 class TextSearch:
     """A picture and the texts found for it, best first; ``right`` and ``answer`` as in :class:`PictureSearch`."""
 
@@ -550,12 +578,22 @@ _LOSS_NAMES = {
     "itm": "Image-text matching (ITM)",
     "mlm": "Masked language (MLM)",
     "prefix": "Prefix language (PrefixLM)",
+    "mim": "Masked image (MIM)",
+    "balance": "Balance of the experts",
     "caption": "Caption",
 }
+_MEASURES = {
+    "mlm_accuracy": ("Masked words guessed", "share"),
+    "itm_accuracy": ("Pairs judged rightly", "share"),
+    "busiest": ("Busiest expert", "times an equal share"),
+    "idle": ("Experts without a token", "share"),
+    "dropped": ("Choices without room", "per token"),
+}
+"""What tasks measure besides their losses: its name and unit."""
 
 
 def curves_of(records: Iterable[Mapping[str, Any]], title: str = "Training curves", note: str = "") -> Curves:
-    """Every part of the loss, their sum where there are several, and the learning rate, from a run's log."""
+    """Every part of the loss, their sum where there are several, what was measured, and the learning rate of a log."""
     columns: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
 
     def add(name: str, unit: str, step: int, value: float) -> None:
@@ -568,10 +606,13 @@ def curves_of(records: Iterable[Mapping[str, Any]], title: str = "Training curve
             add(_LOSS_NAMES.get(name, name), "loss", record["step"], value)
         if len(record.get("losses", {})) > 1:
             add("Sum of the losses", "loss", record["step"], record["loss"])
+        for name, (shown, unit) in _MEASURES.items():
+            if name in record:
+                add(shown, unit, record["step"], record[name])
         if "lr" in record:
             add("Learning rate", "rate", record["step"], record["lr"])
     lines = tuple(
-        Line(name, unit, tuple(steps), tuple(values), noisy=unit == "loss")
+        Line(name, unit, tuple(steps), tuple(values), noisy=unit != "rate")
         for (name, unit), (steps, values) in columns.items()
     )
     return Curves(title, lines, note)

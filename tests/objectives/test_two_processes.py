@@ -22,6 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from triptych.data.batches import ImageTextBatch, PretrainingBatch, Tokens
 from triptych.models.bridgetower import BridgeTower, BridgeTowerConfig
+from triptych.models.eve import Eve, EveConfig, PixelDecoderConfig
+from triptych.models.moe import MoEConfig
 from triptych.models.mplug import MPlug, MPlugConfig
 from triptych.models.protocol import Encoded
 from triptych.models.text import TextConfig, pad_ids
@@ -36,6 +38,7 @@ from triptych.objectives.distributed import (
     world_size,
 )
 from triptych.objectives.masked_matching import MaskedMatching, MaskedMatchingConfig
+from triptych.objectives.masked_signal import MaskedSignal, MaskedSignalConfig
 from triptych.objectives.pretraining import Pretraining, PretrainingConfig, TextIds
 
 TIMEOUT = 120  # seconds; a run takes about five
@@ -93,6 +96,16 @@ def tiny_bridgetower() -> BridgeTower:
     torch.manual_seed(0)
     vision = dataclasses.replace(VISION, layers=2)
     model = BridgeTower(BridgeTowerConfig(vision, TEXT, text_layers=2, fusion_layers=2, embed_dim=16))
+    stir(model)
+    return model
+
+
+def tiny_eve() -> Eve:
+    torch.manual_seed(0)
+    vision = dataclasses.replace(VISION, layers=2)
+    decoder = PixelDecoderConfig(16, layers=1, heads=2)
+    config = EveConfig(vision, TEXT, 1, moe=MoEConfig(3), drop_path=0.0, embed_dim=16, pixel_decoder=decoder)
+    model = Eve(config)
     stir(model)
     return model
 
@@ -186,6 +199,15 @@ def masked_matching(**changes: Any) -> dict[str, Any]:
     return train(task, [own_part(whole_batch(step)) for step in range(2)])
 
 
+def masked_signal(**changes: Any) -> dict[str, Any]:
+    """And what the process that leads evaluates meanwhile: it would wait for ever for the others if it asked them."""
+    config = MaskedSignalConfig(**changes)
+    ids = TextIds(PAD, MASK, (PAD, CLS, SEP), VOCAB)
+    task = MaskedSignal(tiny_eve(), config, ids, mean=MEAN, std=STD, seed=3)
+    scores = task.evaluate([whole_batch(0), whole_batch(1)]) if rank() == 0 else {}
+    return {"scores": scores, **train(task, [own_part(whole_batch(step)) for step in range(2)])}
+
+
 def gathering() -> dict[str, Any]:
     """Gathered rows of this process's share of fixed values, and the gradient of a loss that differs by rank."""
     generator = torch.Generator().manual_seed(1)
@@ -235,7 +257,12 @@ def means() -> dict[str, Any]:
 def noise() -> dict[str, Tensor]:
     B, device = G // world_size(), torch.device("cpu")
     draws = StepNoise(4, 9)
-    return {"first": draws.uniform(B, 5, 3, device=device), "second": draws.uniform(B, 2, device=device)}
+    alone = StepNoise(4, 9, alone=True).uniform(3, 2, device=device)
+    return {
+        "first": draws.uniform(B, 5, 3, device=device),
+        "second": draws.uniform(B, 2, device=device),
+        "alone": alone,
+    }
 
 
 def work(folder: Path, world: int, number: int) -> None:
@@ -261,6 +288,11 @@ def work(folder: Path, world: int, number: int) -> None:
         "masked_matching_hard": masked_matching(contrast="itc", matching="hard"),
         "masked_matching_two": masked_matching(contrast="itc", passes="two"),
         "masked_matching_local": masked_matching(negatives="local"),
+        "masked_signal": masked_signal(),
+        "masked_signal_simultaneous": masked_signal(passes="simultaneous", image_ratio=0.5, corruption="mask"),
+        "masked_signal_hard": masked_signal(contrast="itc", matching="hard", normalise_pixels=True),
+        "masked_signal_random": masked_signal(matching="random"),
+        "masked_signal_local": masked_signal(contrast="itc", matching="hard", negatives="local"),
         "gathering": gathering(),
         "means": means(),
         "noise": noise(),
@@ -311,7 +343,10 @@ Results = tuple[dict[str, Any], list[dict[str, Any]]]
 MASKED_MATCHING = ["masked_matching", "masked_matching_hard", "masked_matching_two"]
 
 
-@pytest.mark.parametrize("task", ["skip", "asymmetric", "alignment", "alone", *MASKED_MATCHING])
+MASKED_SIGNAL = [f"masked_signal{name}" for name in ("", "_simultaneous", "_hard", "_random")]
+
+
+@pytest.mark.parametrize("task", ["skip", "asymmetric", "alignment", "alone", *MASKED_MATCHING, *MASKED_SIGNAL])
 @pytest.mark.parametrize("step", [0, 1])
 def test_losses_and_gradients_are_those_of_the_whole_batch(task: str, step: int, results: Results) -> None:
     """DDP is told of no unused parameters; the second step would fail if there were any."""
@@ -368,7 +403,7 @@ def test_negatives_of_all_processes_and_of_one(results: Results) -> None:
             assert (ids[number][drawn] != ids[number]).all()
 
 
-@pytest.mark.parametrize("task", ["local", "masked_matching_local"])
+@pytest.mark.parametrize("task", ["local", "masked_matching_local", "masked_signal_local"])
 def test_local_negatives_keep_processes_equal(task: str, results: Results) -> None:
     first, second = (part[task]["state"] for part in results[1])
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -407,6 +442,15 @@ def test_means_over_all_values(results: Results) -> None:
 def test_processes_draw_the_rows_of_one(results: Results) -> None:
     for name in ("first", "second"):
         assert torch.equal(torch.cat([part["noise"][name] for part in results[1]]), results[0]["noise"][name])
+
+
+def test_an_evaluation_is_that_of_one_process(results: Results) -> None:
+    alone, (leading, other) = results[0], results[1]
+    for part in (leading, other):
+        assert torch.equal(part["noise"]["alone"], alone["noise"]["alone"])
+    for task in MASKED_SIGNAL:
+        assert {"mlm", "mlm_accuracy", "mim"} <= leading[task]["scores"].keys()
+        assert leading[task]["scores"] == alone[task]["scores"]
 
 
 def test_noise_depends_on_seed_step_part_and_stream_and_not_on_the_length() -> None:

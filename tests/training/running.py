@@ -20,10 +20,13 @@ import torch
 
 from triptych.data.transforms import HALF, Preprocessing
 from triptych.generation import BeamSearch, Sampling
+from triptych.models.eve import EveConfig, PixelDecoderConfig
+from triptych.models.moe import MoEConfig
 from triptych.models.mplug import MPlugConfig
 from triptych.models.text import TextConfig
 from triptych.models.vision import VisionConfig
 from triptych.objectives.alignment import AlignmentConfig
+from triptych.objectives.masked_signal import MaskedSignalConfig
 from triptych.objectives.pretraining import PretrainingConfig
 from triptych.objectives.ranking import RankingConfig
 from triptych.tasks.captioning import CaptioningConfig
@@ -44,26 +47,35 @@ OBJECTIVES = {
     "vqa": VqaConfig(answering="classify", min_count=1, per_picture=2),
     "self_critical": SelfCriticalConfig(CaptioningConfig(search=SEARCH), explore=Sampling(1, 4), count=3),
     "ranking": RankingConfig(false_texts=2),
+    "masked_signal": MaskedSignalConfig(image_ratio=0.5),
 }
 
 
 def build(data, held_out, *, objective="pretraining", dropout=0.1, width=32, lr=1e-2, muon_lr=None, **train):
-    """A recipe for a network of width 32 on pictures of 32 pixels; ``train`` changes its TrainConfig."""
+    """A recipe for a network of width 32 on pictures of 32 pixels; ``train`` changes its TrainConfig.
+
+    The network is an mPLUG, and where signals are masked an EVE.
+    """
+    vision = VisionConfig(width=32, layers=1, heads=2, patch=16, image_size=32)
     text = TextConfig(
         vocab_size=256, width=width, heads=2, ffn=48, max_positions=64, dropout=dropout, attention_dropout=dropout
     )
+    model = MPlugConfig(vision, text, text_layers=1, fusion_layers=2, decoder_layers=1, stride=1, embed_dim=16)
+    if objective == "masked_signal":
+        pixels = PixelDecoderConfig(width=16, layers=1, heads=2)
+        model = EveConfig(
+            dataclasses.replace(vision, layers=2),
+            text,
+            deep_layers=1,
+            moe=MoEConfig(experts=3),
+            drop_path=0.1,
+            embed_dim=16,
+            pixel_decoder=pixels,
+        )
     return Recipe(
         name="tiny",
         objective=OBJECTIVES[objective],
-        model=MPlugConfig(
-            VisionConfig(width=32, layers=1, heads=2, patch=16, image_size=32),
-            text,
-            text_layers=1,
-            fusion_layers=2,
-            decoder_layers=1,
-            stride=1,
-            embed_dim=16,
-        ),
+        model=model,
         data=DataConfig(
             train=(str(data),),
             evaluate=(str(held_out),),

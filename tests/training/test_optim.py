@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from triptych.data.tokenizers import train_wordpiece
 from triptych.data.transforms import HALF, Preprocessing
+from triptych.models import eve
 from triptych.models.bridgetower import SIZES, BridgeTower
 from triptych.models.mplug import MPlug, MPlugConfig
 from triptych.models.protocol import VisionLanguageModel
@@ -234,6 +235,88 @@ def test_bridgetower_has_the_official_groups() -> None:
     assert found["model.vision.blocks.0.attention_norm.weight"] == (1e-5, 0.01)
     assert found["head.norm.weight"] == (5e-4, 0.01)
     assert found["model.fusion.image_norm.weight"] == (5e-5, 0.0)
+
+
+def eve_names(experts: int) -> dict[str, str]:
+    """Every parameter of the released base backbone with its VQA classifier -> ours."""
+    names = {
+        "class_embedding_vision": "image_embeddings.class_embedding",
+        "pos_embed_vision": "image_embeddings.position_embedding",
+        "type_embed_vision": "image_embeddings.token_type",
+        "patch_embed.weight": "image_embeddings.patch_embedding.weight",
+        "patch_embed.bias": "image_embeddings.patch_embedding.bias",
+        "word_embedding.weight": "text_embeddings.word.weight",
+        "pos_embed_text": "text_embeddings.position_embedding",
+        "type_embed_text": "text_embeddings.token_type",
+    }
+
+    def add(theirs: str, ours: str) -> None:
+        names.update({f"{theirs}.{kind}": f"{ours}.{kind}" for kind in ("weight", "bias")})
+
+    add("layer_norm_text", "text_embeddings.norm")
+    add("pre_layrnorm", "network.pre_norm")
+    add("norm", "network.norm")
+    for number in range(12):
+        theirs, ours = f"encoder.layers.{number}", f"network.blocks.{number}"
+        add(f"{theirs}.norm1", f"{ours}.attention_norm")
+        add(f"{theirs}.attn.proj", f"{ours}.attention.out")
+        names |= {
+            f"{theirs}.attn.qkv.weight": f"{ours}.attention.query.weight",  # and of keys and values
+            f"{theirs}.attn.q_bias": f"{ours}.attention.query.bias",
+            f"{theirs}.attn.v_bias": f"{ours}.attention.value_bias",
+            f"{theirs}.gamma_1": f"{ours}.attention_scale",
+            f"{theirs}.gamma_2": f"{ours}.ffn_scale",
+        }
+        if number < 10:
+            for own, modality in (("imag", "image"), ("text", "text")):
+                add(f"{theirs}.norm2_{own}", f"{ours}.ffn.{modality}.norm")
+                add(f"{theirs}.mlp_{own}.fc1", f"{ours}.ffn.{modality}.ffn.expand")
+                add(f"{theirs}.mlp_{own}.fc2", f"{ours}.ffn.{modality}.ffn.contract")
+            continue
+        add(f"{theirs}.norm2_vl", f"{ours}.ffn.norm")
+        names[f"{theirs}.mlp_moe.moe.gate.wg.weight"] = f"{ours}.ffn.moe.router.gate.weight"
+        names[f"{theirs}.mlp_moe.moe.vision_embed"] = f"{ours}.ffn.moe.router.modality"
+        for expert in range(experts):
+            for theirs_layer, our_layer in (("fc1", "expand"), ("fc2", "contract")):
+                own = f"{theirs}.mlp_moe.moe.experts.experts.{expert}.{theirs_layer}"
+                names[f"{own}.weight"] = f"{ours}.ffn.moe.experts.{our_layer}"
+                names[f"{own}.bias"] = f"{ours}.ffn.moe.experts.{our_layer}_bias"
+    names = {f"backbone.{theirs}": f"model.{ours}" for theirs, ours in names.items()}
+    for number, ours in {0: "expand", 1: "norm", 3: "classify"}.items():
+        names |= {f"output.{number}.{kind}": f"head.{ours}.{kind}" for kind in ("weight", "bias")}
+    return names
+
+
+def eve_group(name: str) -> tuple[float, float]:
+    """Rate and decay by the released rules on names (ssyze/EVE ``optim.py``); what a task adds has ten times the rate.
+
+    Only ends in "norm", "norm1" and "norm2" are spared, and no name of a modality ends so.
+    """
+    spared = ("bias", "LayerNorm.weight", "norm.weight", "norm1.weight", "norm2.weight")
+    return 3e-4 if name.startswith("output.") else 3e-5, 0.0 if any(part in name for part in spared) else 0.01
+
+
+def test_eve_has_the_released_groups() -> None:
+    base = eve.SIZES["base"]
+    vision = dataclasses.replace(base.vision, width=8, heads=2, image_size=32)
+    text = dataclasses.replace(base.text, width=8, heads=2, ffn=16, vocab_size=40, max_positions=16)
+    moe = dataclasses.replace(base.moe, experts=3)
+    network = eve.Eve(dataclasses.replace(base, vision=vision, text=text, moe=moe, embed_dim=8))
+    config = VqaConfig("classify", answers=("red", "blue"))
+    tokenizer = train_wordpiece(["a red circle"] * 2, 40)
+    task = VisualQuestionAnswering(network, tokenizer, Preprocessing(32), config)
+    task.freeze_rest()
+    optim = OptimConfig(lr=3e-5, vision_lr=None, head_lr=3e-4, weight_decay=0.01, decay="official")
+    found = {name: group[1:] for name, group in groups_of(task, optim).items()}
+    expected = {ours: eve_group(theirs) for theirs, ours in eve_names(moe.experts).items()}
+    with_keys = {name for name in found if name.endswith("attention.key_value.weight")}
+    assert found.keys() - with_keys == expected.keys()
+    expected |= dict.fromkeys(with_keys, (3e-5, 0.01))
+    assert {name: group for name, group in found.items() if group != pytest.approx(expected[name])} == {}
+    # What one might expect to be otherwise.
+    assert found["model.network.blocks.0.ffn.image.norm.weight"][1] == 0.01
+    assert found["model.text_embeddings.norm.weight"][1] == 0.01
+    assert found["model.network.pre_norm.weight"][1] == 0.0
 
 
 def test_groups_that_the_published_network_lacks() -> None:

@@ -21,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ranking": {"objective": "ranking"},
     "self-critical": {"objective": "self_critical"},
     "a head and its average": {"objective": "vqa", "ema": 0.7},
+    "masked signal": {"objective": "masked_signal", "accumulate": 2},
 }
 
 

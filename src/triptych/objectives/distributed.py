@@ -90,16 +90,18 @@ class StepNoise:
     Args:
         part: which of the accumulated passes of the step.
         stream: numbers of different streams have nothing to do with each other.
+        alone: the rows are of one process, whatever the others do: an evaluation.
     """
 
-    def __init__(self, seed: int, step: int, part: int = 0, *, stream: int = 0) -> None:
+    def __init__(self, seed: int, step: int, part: int = 0, *, stream: int = 0, alone: bool = False) -> None:
         number = ((seed * 1_000_003 + step) * 1_009 + part) * 8 + stream
         self._generator = torch.Generator().manual_seed(number % 2**63)
+        self._rank, self._world = (0, 1) if alone else (rank(), world_size())
 
     def uniform(self, rows: int, length: int, *shape: int, device: torch.device) -> Tensor:
         """[rows, length, *shape] in [0, 1) for this process's rows; a greater length only adds numbers at the end.
 
         Where processes draw different lengths, as for texts, it must be the only draw of its stream.
         """
-        everything = torch.rand(length, *shape, rows * world_size(), generator=self._generator).movedim(-1, 0)
-        return everything[rows * rank() : rows * (rank() + 1)].to(device, non_blocking=True)
+        everything = torch.rand(length, *shape, rows * self._world, generator=self._generator).movedim(-1, 0)
+        return everything[rows * self._rank : rows * (self._rank + 1)].to(device, non_blocking=True)

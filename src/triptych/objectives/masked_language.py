@@ -28,7 +28,7 @@ def mask_tokens(
     probability: float = 0.15,
     corruption: Corruption = "bert",
 ) -> tuple[Tensor, Tensor]:
-    """Corrupt tokens for prediction: of the chosen ones 80 % become the mask, 10 % a random token, 10 % stay.
+    """Corrupt tokens for prediction: of the chosen ones 80 % become the mask, 10 % a random token, 10 % stay (BERT).
 
     Args:
         uniform_BL3: numbers in [0, 1): whether to choose, what to do, and which random token.
@@ -41,9 +41,9 @@ def mask_tokens(
     choose_BL, action_BL, token_BL = uniform_BL3.unbind(-1)
     allowed_BL = ~torch.isin(ids_BL, torch.tensor(list(special), device=ids_BL.device))
     chosen_BL = (choose_BL < probability) & allowed_BL
-    random_BL = (token_BL * vocab_size).long().clamp(max=vocab_size - 1)
     if corruption == "mask":
         return torch.where(chosen_BL, mask_id, ids_BL), chosen_BL
+    random_BL = (token_BL * vocab_size).long().clamp(max=vocab_size - 1)
     corrupted_BL = torch.where(action_BL < 0.8, mask_id, torch.where(action_BL < 0.9, random_BL, ids_BL))
     return torch.where(chosen_BL, corrupted_BL, ids_BL), chosen_BL
 

@@ -19,8 +19,8 @@ from triptych.data.batches import ImageTextBatch, Tokens
 from triptych.data.transforms import Triple
 from triptych.models.protocol import Encoded, Part, VisionLanguageModel
 from triptych.objectives.alignment import Alignment, AlignmentConfig, Contrast, Pairs
-from triptych.objectives.distributed import StepNoise, gather_encoded, gather_rows, mean_over_all, rank, world_size
-from triptych.objectives.matching import draw_negatives, matching_loss
+from triptych.objectives.distributed import StepNoise, mean_over_all
+from triptych.objectives.matching import matching_loss
 from triptych.objectives.pretraining import TextIds, mask_text
 
 Passes = Literal["shared", "two"]
@@ -136,26 +136,6 @@ class MaskedMatching(Alignment):
             return self._draw_random(image, text, batch.image_id_B, noise)
         assert contrast is not None
         return self._draw_pairs(image, text, contrast, noise)
-
-    def _draw_random(self, image: Encoded, text: Encoded, image_id_B: Tensor, noise: StepNoise) -> Pairs:
-        """Half of the texts with their own picture; the others each with one of another record, all equally likely."""
-        B, device = len(image), image_id_B.device
-        gathers = self.config.negatives == "all" and world_size() > 1
-        own_B = torch.arange(B, device=device) + B * rank() * gathers
-        id_G = gather_rows(image_id_B) if gathers else image_id_B
-        G = len(id_G)
-        uniform = noise.uniform(B, 1 + G, device=device)
-        lot_B, uniform_BG = uniform[:, 0], uniform[:, 1:]
-        lot_G = gather_rows(lot_B) if gathers else lot_B
-        matches_B = (lot_G.argsort(stable=True).argsort() < G // 2)[own_B]
-        false_B, exists_B = draw_negatives(torch.zeros_like(uniform_BG), image_id_B[:, None] == id_G, uniform_BG)
-        shown_B = torch.where(matches_B, own_B, false_B)
-        counts_B = matches_B | exists_B
-        if not gathers:
-            return Pairs(image, text, shown_B, matches_B, counts_B)
-        # Only the images that take part: with many processes most of the gathered ones do not.
-        used, rows = torch.unique(shown_B, return_inverse=True)
-        return Pairs(gather_encoded(image).rows(used), text, rows, matches_B, counts_B)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Training checkpoints: complete, atomic, and resumed exactly.
 
 A checkpoint is a folder ``step-00001200``: ``state.pt`` (weights, teacher, queue, optimiser, step) and one
-``rank-0.pt`` a process (random state, loader position). It is written under another name and renamed when every byte is
-on disk, so whatever has the final name is whole.
+``rank-0.pt`` a process (random state, loader position; where experts are spread, its own). It is written under another
+name and renamed when every byte is on disk, so whatever has the final name is whole.
 
 The order of resuming: build everything from the recipe, load the newest whole checkpoint into it, cut the log after
 that step, restore the random state last.

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 from triptych.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from triptych.training.flops import peak_flops, peak_memory_gb
+from triptych.training.expert_parallel import clip_gradients, put_own, take_own, whole_experts
+from triptych.training.flops import UNCOUNTED, peak_flops, peak_memory_gb
 from triptych.training.logs import Clock, RunLog, describe
 from triptych.training.optim import OptimConfig, build_optimizer, set_learning_rate
 from triptych.training.parallel import Precision, Process, autocast, parallelize, unwrap
@@ -35,6 +36,7 @@ class TrainConfig:
         batch_size: samples of a process and forward pass.
         accumulate: forward passes for one optimiser step.
         precision: ``bf16`` keeps fp32 master weights; ``auto`` takes it where the processor is fast in it.
+        expert_parallel: every process keeps its share of a soft router's experts, not all of them, and tokens travel.
         ema: decay of an average of the weights that is evaluated and saved in their place; 0 for none.
         keep: newest checkpoints that are kept.
         evaluate_every: steps between evaluations; 0 for only at the end.
@@ -48,6 +50,7 @@ class TrainConfig:
     precision: Precision = "auto"
     checkpointing: bool = False
     compile: bool = False
+    expert_parallel: bool = False
     ema: float = 0.0
     log_every: int = 10
     checkpoint_every: int = 500
@@ -122,7 +125,13 @@ class Trainer:
         self.config, self.optim = config, optim
         self.process = process or Process()
         self._evaluate, self._best_metric, self._save_best = evaluate, best, save_best
-        self._parallel = parallelize(task, self.process, checkpointing=config.checkpointing, compile=config.compile)
+        self._parallel = parallelize(
+            task,
+            self.process,
+            checkpointing=config.checkpointing,
+            compile=config.compile,
+            expert_parallel=config.expert_parallel,
+        )
         self.optimizer = build_optimizer(task, optim)
         self.average: AveragedModel | None = None
         if config.ema:
@@ -211,7 +220,7 @@ class Trainer:
             measured.append(getattr(self.task, "measures", {}))
             clock.samples += len(batch) * self.process.world
         largest = math.inf if self.optim.clip is None else self.optim.clip
-        norm = nn.utils.clip_grad_norm_(self.task.parameters(), largest)
+        norm = clip_gradients(self.task, largest)
         means, measures = _means(parts), _means(measured)
         self._check_finite(means, float(norm))
         self.optimizer.step()
@@ -222,41 +231,47 @@ class Trainer:
         return means, measures, float(norm)
 
     def _check_finite(self, losses: Mapping[str, float], norm: float) -> None:
+        """Stop everywhere, if anywhere: who went on alone would wait for the others."""
         wrong = [name for name, value in losses.items() if not math.isfinite(value)]
-        if wrong or not math.isfinite(norm):
-            what = f"loss {', '.join(wrong)}" if wrong else "gradient"
-            raise TrainingStopped(
-                f"the {what} is not finite at step {self.step + 1} ({dict(losses)}). The weights were not changed and "
-                f"the last checkpoint in {self.folder / 'checkpoints'} is good; try a lower learning rate or fp32"
-            )
+        if not self._agree(bool(wrong) or not math.isfinite(norm)):
+            return
+        what = f"loss {', '.join(wrong)}" if wrong else "loss of another process" if math.isfinite(norm) else "gradient"
+        raise TrainingStopped(
+            f"the {what} is not finite at step {self.step + 1} ({dict(losses)}). The weights were not changed and "
+            f"the last checkpoint in {self.folder / 'checkpoints'} is good; try a lower learning rate or fp32"
+        )
 
     def _maybe_evaluate(self, log: RunLog) -> bool:
         every = self.config.evaluate_every
         due = self.step == self.config.steps or (every > 0 and self.step > 0 and self.step % every == 0)
         if self._evaluate is None or not due:
             return False
-        if self.process.leads:
-            self.kept.eval()
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                self.metrics = dict(self._evaluate(self.kept, self.step))
-            self.task.train()
-            log.write({"step": self.step, "metrics": dict(self.metrics)})
-            log.say("  ".join(f"{name} {value:.2f}" for name, value in self.metrics.items()))
-            score = self.metrics.get(self._best_metric, -math.inf) if self._best_metric else -math.inf
-            if score > self.best and self._save_best is not None:
-                self.best = score
-                self._save_best(self.kept)
-        if self.process.world > 1:
-            dist.barrier()
+        with whole_experts(self.kept):
+            if self.process.leads:
+                self._lead_evaluation(self._evaluate, log)
+            if self.process.world > 1:
+                dist.barrier()
         return True
 
+    def _lead_evaluation(self, evaluate: Evaluate, log: RunLog) -> None:
+        self.kept.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            self.metrics = dict(evaluate(self.kept, self.step))
+        self.task.train()
+        log.write({"step": self.step, "metrics": dict(self.metrics)})
+        log.say("  ".join(f"{name} {value:.2f}" for name, value in self.metrics.items()))
+        score = self.metrics.get(self._best_metric, -math.inf) if self._best_metric else -math.inf
+        if score > self.best and self._save_best is not None:
+            self.best = score
+            self._save_best(self.kept)
+
     def _agree(self, flag: bool) -> bool:
-        """Whether any process was told to stop."""
+        """Whether it is so in any process."""
         if self.process.world == 1:
             return flag
-        told = torch.tensor(float(flag), device=self.process.device)
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        return bool(told)
+        anywhere = torch.tensor(float(flag), device=self.process.device)
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+        return bool(anywhere)
 
     @contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
@@ -284,6 +299,7 @@ class Trainer:
         own: dict[str, Any] = {"loader": self.loader.state_dict(), "random": torch.get_rng_state()}
         if self.process.device.type == "cuda":
             own["random_cuda"] = torch.cuda.get_rng_state(self.process.device)
+        own["experts"] = take_own(state, self.task, self.average, self.optimizer)
         save_checkpoint(self.folder / "checkpoints", self.step, state, own, self.process, self.config.keep)
 
     def _resume(self) -> Path | None:
@@ -291,6 +307,7 @@ class Trainer:
         if path is None:
             return None
         state, own = load_checkpoint(path, self.process)
+        put_own(state, own.get("experts", {}), self.task, path)
         try:
             self.task.load_state_dict(state["task"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -319,7 +336,7 @@ class _NoModules(ModuleTracker):
 
 def _flop_counter() -> FlopCounterMode:
     """Counts the operations of a whole step, in which texts may be generated (without gradients)."""
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
     counter.mod_tracker = _NoModules()
     return counter
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from triptych.models.protocol import VisionLanguageModel
+from triptych.training.expert_parallel import check_spreads, spread_experts
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -70,18 +71,28 @@ def fast_bf16(device: torch.device) -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def parallelize(task: nn.Module, process: Process, *, checkpointing: bool, compile: bool) -> nn.Module:
+def parallelize(
+    task: nn.Module, process: Process, *, checkpointing: bool, compile: bool, expert_parallel: bool = False
+) -> nn.Module:
     """Prepare a task for training on its device.
 
     The order matters: recomputation wraps a block's arithmetic, compilation must see the block with it, and DDP must
     see the final parameters.
+
+    Raises:
+        ValueError: ``expert_parallel`` and the experts cannot be spread evenly among the processes.
     """
+    if expert_parallel:
+        check_spreads(task, process.world)
     task.to(process.device)
     set_checkpointing(task, checkpointing)
     if compile:
         compile_blocks(task)
     if process.world == 1:
         return task
+    if expert_parallel:
+        own = spread_experts(task)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task, own)  # type: ignore[no-untyped-call]
     return DistributedDataParallel(task, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -18,13 +18,14 @@ from triptych.checkpoints.configs import from_json
 from triptych.checkpoints.folder import Loaded, load, save_folder
 from triptych.checkpoints.parts import initialise
 from triptych.data.augmentations import Augmentation, RandomAugment
-from triptych.data.loader import Loader
+from triptych.data.batches import ImageTextBatch
+from triptych.data.loader import Loader, read_once
 from triptych.data.pictures import read_pictures
 from triptych.data.pipelines import ImageTextPipeline, PretrainingPipeline
 from triptych.data.samples import all_texts, clean_caption
 from triptych.data.sources import Source, open_source
 from triptych.data.tokenizers import Tokenizer, open_tokenizer, train_wordpiece
-from triptych.data.transforms import Preprocessing
+from triptych.data.transforms import Preprocessing, Transform
 from triptych.models import MODELS, ModelConfig, build, model_type_of
 from triptych.models.protocol import VisionLanguageModel
 from triptych.objectives.alignment import Alignment, AlignmentConfig
@@ -40,11 +41,13 @@ from triptych.tasks.registry import TaskConfig, task_for
 from triptych.tasks.retrieval import RetrievalConfig, encode_collection, evaluate_retrieval
 from triptych.tasks.self_critical import SelfCriticalConfig
 from triptych.training.checkpoint import newest_checkpoint
+from triptych.training.expert_parallel import whole_experts
 from triptych.training.loop import Outcome, TrainConfig, Trainer
 from triptych.training.optim import OptimConfig
 from triptych.training.parallel import Process, autocast
 
 _VOCABULARY_SAMPLE = 200_000
+_HELD_OUT_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ class Recipe:
         objective: its type decides what is trained: pre-training, retrieval (ITC and ITM, or ranking by
             ITM alone), or one of the tasks.
         model: sizes; with ``start`` those of the checkpoint are used.
-        start: a checkpoint folder to start from, or folders of parts (CLIP, BERT, RoBERTa) that ``triptych convert``
-            made.
+        start: a checkpoint folder to start from, or folders of parts (CLIP, BERT, RoBERTa; BEiT-2) that ``triptych
+            convert`` made.
         vocabulary: ``vocab.txt``, ``vocab.json`` (beside ``merges.txt``) or ``tokenizer.json``; by default that of a
             part in ``start``, else a WordPiece of ``model.text.vocab_size`` is trained on all texts of the data.
         balance: the auxiliary loss of a network with a soft router (EVE).
@@ -130,7 +133,8 @@ class Run:
 def run_recipe(recipe: Recipe, folder: Path, process: Process | None = None) -> Run:
     """Train a recipe in a folder; a run that was interrupted there goes on.
 
-    The folder gets ``recipe.json``, ``log.jsonl``, ``tensorboard/``, ``checkpoints/`` and, at the end, ``model/``.
+    The folder gets ``recipe.json``, ``log.jsonl``, ``tensorboard/``, ``checkpoints/`` and, at the end, ``model/``; and
+    where it starts from parts ``start.json``, which tells what became of every tensor.
     """
     process = process or Process()
     _claim(folder, recipe, process)
@@ -178,12 +182,14 @@ def run_recipe(recipe: Recipe, folder: Path, process: Process | None = None) -> 
         recipe.optim,
         process,
         evaluate=evaluate if recipe.data.evaluate else None,
-        best=task.metric if isinstance(task, Task) else "mean",
+        best=task.metric if isinstance(task, Task | MaskedSignal) else "mean",
         save_best=lambda kept: save(kept, "best"),
     )
     outcome = trainer.run()
-    if outcome.finished and process.leads:
-        save(trainer.kept, "model")
+    if outcome.finished:
+        with whole_experts(trainer.kept):
+            if process.leads:
+                save(trainer.kept, "model")
     return Run(folder, folder / "model", outcome)
 
 
@@ -229,7 +235,10 @@ def task_description(recipe: Recipe, task: nn.Module) -> dict[str, Any]:
     description: dict[str, Any] = {"recipe": recipe.name}
     if isinstance(task, Task):
         return description | {task.name: asdict(task.config)}
-    description["retrieval"] = asdict(recipe.retrieval)
+    if isinstance(task, MaskedSignal):
+        description["masked_signal"] = asdict(task.settings)
+    if not isinstance(task, MaskedSignal) or task.settings.ranks:
+        description["retrieval"] = asdict(recipe.retrieval)
     if isinstance(task, Pretraining):
         description["caption"] = asdict(recipe.captioning)
     return description
@@ -258,7 +267,9 @@ def _build_model(
     )
     model = build(model_type_of(config), config)
     if recipe.start:
-        initialise(model, *recipe.start)
+        report = initialise(model, *recipe.start)
+        if process.leads:
+            (folder / "start.json").write_text(report.to_json() + "\n")
     return model, tokenizer, None
 
 
@@ -294,12 +305,8 @@ def _build_task(
     process: Process,
 ) -> nn.Module:
     pixels, objective, seed = recipe.data.preprocessing, recipe.objective, recipe.train.seed
-    ids = TextIds(tokenizer.pad_id, tokenizer.mask_id, tokenizer.special_ids, tokenizer.vocab_size)
-    if isinstance(objective, RankingConfig) and recipe.retrieval.candidates == 0:
-        raise ValueError("ranking trains matching alone: give retrieval.candidates, or nothing trained is used")
-    untrained = isinstance(objective, MaskedMatchingConfig | MaskedSignalConfig) and objective.contrast == "none"
-    if untrained and recipe.retrieval.candidates is not None:
-        raise ValueError("no embeddings are trained that could choose candidates: set retrieval.candidates=None")
+    ids = _text_ids(tokenizer)
+    _check_ranking(recipe)
     if isinstance(objective, PretrainingConfig):
         return Pretraining(model, objective, ids, mean=pixels.mean, std=pixels.std, seed=seed)
     if isinstance(objective, MaskedMatchingConfig):
@@ -316,6 +323,28 @@ def _build_task(
     task = kind(model, tokenizer, pixels, _completed(objective, kind, source, folder, process))
     task.freeze_rest()
     return task
+
+
+def _text_ids(tokenizer: Tokenizer) -> TextIds:
+    return TextIds(tokenizer.pad_id, tokenizer.mask_id, tokenizer.special_ids, tokenizer.vocab_size)
+
+
+def _check_ranking(recipe: Recipe) -> None:
+    """Whether retrieval would rank by what is trained.
+
+    Raises:
+        ValueError: it would not.
+    """
+    objective, candidates = recipe.objective, recipe.retrieval.candidates
+    if isinstance(objective, RankingConfig) and candidates == 0:
+        raise ValueError("ranking trains matching alone: give retrieval.candidates, or nothing trained is used")
+    if not isinstance(objective, MaskedMatchingConfig | MaskedSignalConfig):
+        return
+    matches, contrasts = objective.matching != "none", objective.contrast != "none"
+    if matches and not contrasts and candidates is not None:
+        raise ValueError("no embeddings are trained that could choose candidates: set retrieval.candidates=None")
+    if contrasts and not matches and candidates != 0:
+        raise ValueError("no matching is trained that could re-rank candidates: set retrieval.candidates=0")
 
 
 def _completed(objective: Any, kind: type[Task], source: Source, folder: Path, process: Process) -> Any:
@@ -369,13 +398,24 @@ def _pipeline(recipe: Recipe, task: nn.Module, tokenizer: Tokenizer) -> Pipeline
         return task.training_pipeline(transform, data.max_words, data.max_tokens)
     assert isinstance(task, Alignment | TextRanking)
     kind = partial(PretrainingPipeline, split=split_prefix) if isinstance(task, Pretraining) else ImageTextPipeline
+    return _pairs(data, task.model, tokenizer, transform, kind)
+
+
+def _pairs(
+    data: DataConfig,
+    model: VisionLanguageModel,
+    tokenizer: Tokenizer,
+    transform: Transform,
+    kind: Callable[..., ImageTextPipeline] = ImageTextPipeline,
+) -> ImageTextPipeline:
+    """Pictures with a text each, as the model reads them."""
     return kind(
         tokenizer,
         transform,
         data.max_words,
         data.max_tokens,
-        end=task.model.ends_texts,
-        cleaning=task.model.cleaning,
+        end=model.ends_texts,
+        cleaning=model.cleaning,
         frames=data.preprocessing.frames,
     )
 
@@ -383,14 +423,37 @@ def _pipeline(recipe: Recipe, task: nn.Module, tokenizer: Tokenizer) -> Pipeline
 def evaluate_model(
     recipe: Recipe, model: VisionLanguageModel, tokenizer: Tokenizer, *, limit: int = 0
 ) -> dict[str, float]:
-    """Retrieval, and after pre-training captions, on the recipe's evaluation data."""
-    preprocessing = recipe.data.preprocessing
+    """What the recipe trains, on its evaluation data: retrieval, and after mPLUG's pre-training captions.
+
+    Of masked signals how well the hidden part is predicted, and retrieval only where something is trained to rank by.
+    """
+    preprocessing, objective = recipe.data.preprocessing, recipe.objective
+    scores: dict[str, float] = {}
     model.eval()
     with autocast(next(model.parameters()).device, recipe.train.precision):
-        pictures = read_pictures(recipe.data.evaluation_source(), preprocessing, limit=limit)
-        collection = encode_collection(model, tokenizer, preprocessing, pictures, recipe.retrieval)
-        scores = dict(evaluate_retrieval(model, collection, recipe.retrieval).scores)
-        if isinstance(recipe.objective, PretrainingConfig):
+        if not isinstance(objective, MaskedSignalConfig) or objective.ranks:
+            pictures = read_pictures(recipe.data.evaluation_source(), preprocessing, limit=limit)
+            collection = encode_collection(model, tokenizer, preprocessing, pictures, recipe.retrieval)
+            scores |= evaluate_retrieval(model, collection, recipe.retrieval).scores
+        if isinstance(objective, PretrainingConfig):
             captioner = Captioning(model, tokenizer, preprocessing, recipe.captioning)
             scores |= captioner.evaluate(recipe.data.evaluation_source(), limit=limit).scores
+        if isinstance(objective, MaskedSignalConfig):
+            mean, std, seed = preprocessing.mean, preprocessing.std, recipe.train.seed
+            signals = MaskedSignal(model, objective, _text_ids(tokenizer), mean=mean, std=std, seed=seed)
+            signals.to(next(model.parameters()).device)
+            scores |= signals.evaluate(_held_out(recipe.data, model, tokenizer, limit))
     return scores
+
+
+def _held_out(
+    data: DataConfig, model: VisionLanguageModel, tokenizer: Tokenizer, limit: int
+) -> Iterator[ImageTextBatch]:
+    """The evaluation data as training would see them, but whole and unchanged: a caption of each picture."""
+    pipeline = _pairs(data, model, tokenizer, data.preprocessing.test_transform())
+    left = limit
+    for examples in read_once(data.evaluation_source(), pipeline.prepare, list, batch_size=_HELD_OUT_BATCH):
+        yield pipeline.collate(examples[:left] if limit else examples)
+        left -= len(examples)
+        if limit and left <= 0:
+            return
