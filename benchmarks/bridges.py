@@ -22,11 +22,11 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from html import escape
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from charts import Panel, dots
 from common import surroundings
 from triptych.checkpoints.bert import Bert, BertConfig
 from triptych.checkpoints.folder import load, save_folder
@@ -36,7 +36,7 @@ from triptych.models.bridgetower import BRIDGES, SIZES, BridgeTower, BridgeTower
 from triptych.objectives.alignment import AlignmentConfig
 from triptych.objectives.pretraining import PretrainingConfig
 from triptych.recipes.shapes import shapes_tiny
-from triptych.report import ticks, training_seconds
+from triptych.report import training_seconds
 from triptych.tasks.vqa import VqaConfig
 from triptych.training.logs import read_log
 from triptych.training.runs import Recipe, Run, run_recipe
@@ -241,22 +241,6 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
     return covariance / spread if spread else None
 
 
-_NAMES, _PANEL, _GAP, _ROW, _HEAD, _FOOT = 150, 330, 40, 24, 58, 34
-_STYLE = """
-    svg { --paper: #ffffff; --ink: #1f2430; --soft: #5b6472; --line: #c3cad4; --dot: #3b7cb8; --base: #bd7d12; }
-    @media (prefers-color-scheme: dark) {
-      svg { --paper: #15181e; --ink: #e8ebf0; --soft: #a3adba; --line: #454d59; --dot: #6fb0ea; --base: #e0a94a; }
-    }
-    text { fill: var(--ink); font-size: 14px; }
-    .soft { fill: var(--soft); font-size: 12px; text-anchor: middle; }
-    .head { font-weight: 600; font-size: 15px; }
-    .grid { stroke: var(--line); stroke-width: 1; }
-    .bridge { fill: var(--dot); stroke: var(--dot); }
-    .meter { fill: var(--base); stroke: var(--base); }
-    circle { fill-opacity: .45; stroke: none; }
-    .mean { stroke-width: 3; }
-    .base { stroke: var(--base); stroke-width: 1.5; stroke-dasharray: 4 4; }
-"""
 _TITLES = {
     "vqa": "questions, accuracy in percent",
     "retrieval": "retrieval, mean recall in percent",
@@ -265,55 +249,17 @@ _TITLES = {
 
 def draw(rows: Sequence[Row]) -> str:
     """An SVG: networks below each other, a panel a task."""
-    names = list(dict.fromkeys(row["network"] for row in rows))
-    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
-    width, height = _NAMES + len(tasks) * (_PANEL + _GAP), _HEAD + len(names) * _ROW + _FOOT
+    panels = [
+        Panel(_TITLES[task], {_shown(row["network"]): row["seeds"] for row in rows if row["task"] == task}, "meter")
+        for task in TASKS
+        if any(row["task"] == task for row in rows)
+    ]
     said = "Each network trained with several seeds: a dot a seed, a line at the mean; dashed: METER's mean."
-    labels = "".join(
-        f'<text x="{_NAMES - 14}" y="{_middle(line) + 5}" text-anchor="end">{escape(name.replace("_", " "))}</text>'
-        for line, name in enumerate(names)
-    )
-    panels = "".join(
-        panel(
-            task, {row["network"]: row for row in rows if row["task"] == task}, names, _NAMES + (_PANEL + _GAP) * place
-        )
-        for place, task in enumerate(tasks)
-    )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-labelledby="title desc" font-family="system-ui, sans-serif">\n'
-        f'<title id="title">Definitions of the bridge, compared on Shapes</title><desc id="desc">{said}</desc>\n'
-        f'<style>{_STYLE}</style>\n<rect width="{width}" height="{height}" style="fill: var(--paper)"/>\n'
-        f"{labels}{panels}</svg>\n"
-    )
+    return dots("Definitions of the bridge, compared on Shapes", said, panels, lambda name: name.startswith("meter"))
 
 
-def _middle(line: int) -> float:
-    return _HEAD + _ROW * (line + 0.5)
-
-
-def panel(task: str, rows: Mapping[str, Row], names: Sequence[str], left: float) -> str:
-    """The dots of one task, in the order of ``names``; its axis begins where the worst is."""
-    scores = [score for row in rows.values() for score in row["seeds"]]
-    marks = ticks(min(scores), max(scores), 4)
-    bottom = _middle(len(names) - 1) + _ROW / 2
-
-    def x(score: float) -> float:
-        return left + _PANEL * (score - marks[0]) / (marks[-1] - marks[0])
-
-    parts = [f'<text class="head" x="{left}" y="24">{escape(_TITLES[task])}</text>']
-    for mark in marks:
-        parts.append(f'<line class="grid" x1="{x(mark):.1f}" x2="{x(mark):.1f}" y1="{_HEAD - 6}" y2="{bottom}"/>')
-        parts.append(f'<text class="soft" x="{x(mark):.1f}" y="{bottom + 18}">{mark:g}</text>')
-    if "meter" in rows:
-        at = x(rows["meter"]["mean"])
-        parts.append(f'<line class="base" x1="{at:.1f}" x2="{at:.1f}" y1="{_HEAD - 6}" y2="{bottom}"/>')
-    for line, name in enumerate(names):
-        if name in rows:
-            kind, y, at = "meter" if name.startswith("meter") else "bridge", _middle(line), x(rows[name]["mean"])
-            parts += [f'<circle class="{kind}" cx="{x(s):.1f}" cy="{y}" r="5"/>' for s in rows[name]["seeds"]]
-            parts.append(f'<line class="{kind} mean" x1="{at:.1f}" x2="{at:.1f}" y1="{y - 8}" y2="{y + 8}"/>')
-    return "\n".join(parts) + "\n"
+def _shown(network: str) -> str:
+    return network.replace("_", " ")
 
 
 def main() -> None:

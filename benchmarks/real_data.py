@@ -3,13 +3,15 @@
     python benchmarks/real_data.py --data DATA --models runs --folder runs/real > benchmarks/results/real_data.json
     python benchmarks/real_data.py ... --only easy_vqa snli_ve
     python benchmarks/real_data.py ... --network bridgetower --models runs/bridgetower --folder runs/real-bridgetower
+    python benchmarks/real_data.py ... --network eve --models runs/eve --folder runs/real-eve
 
 DATA has the folders flickr8k, easy_vqa, daquar, snli_ve, nlvr, coco_mini and video; MODELS has the runs of
 ``docs/flickr8k.md``: flickr8k, flickr8k-caption, flickr8k-retrieval and flickr8k-itm, and as shapes the demo's
-pretraining. What trains from nothing is mPLUG-tiny, or the --network of that size; a BridgeTower chooses its answers,
-as in its paper. Lists in our own format are written under ``--folder/lists``; each training is a run under
-``--folder``, and what is done is not done again. Tests are paired: McNemar's where an item is right or wrong, the
-bootstrap elsewhere, against the same model shown grey pictures.
+pretraining; of another network those of its own recipes, where there are any (``pretrain flickr8k_eve``, ``finetune
+caption flickr8k_eve``). What trains from nothing is mPLUG-tiny, or the --network of that size; BridgeTower and EVE
+choose their answers, as in their papers. Lists in our own format are written under ``--folder/lists``; each training is
+a run under ``--folder``, and what is done is not done again. Tests are paired: McNemar's where an item is right or
+wrong, the bootstrap elsewhere, against the same model shown grey pictures.
 
 Splits: easy_vqa and NLVR have their own; DAQUAR's images, SNLI-VE's photographs and those of NLVR's boxes are divided
 by a hash of their names, so that no picture is on both sides. SNLI-VE has five folds, since it has 205 photographs;
@@ -36,7 +38,9 @@ from triptych.models import MODELS
 from triptych.predict import Predictor
 from triptych.recipes import small, unimodal
 from triptych.tasks.comparison import Comparison, compare, paired_test
+from triptych.tasks.grounding import GroundingConfig
 from triptych.tasks.registry import task_for
+from triptych.tasks.self_critical import SelfCriticalConfig
 from triptych.tasks.vqa import VqaConfig
 from triptych.training.parallel import autocast
 from triptych.training.runs import Recipe, run_recipe
@@ -194,7 +198,10 @@ def of_network(recipe: Recipe, network: str) -> Recipe:
         return recipe
     if isinstance(recipe.objective, VqaConfig):
         recipe = replace(recipe, objective=replace(recipe.objective, answering="classify"))
-    return replace(recipe, model=MODELS[network].sizes["tiny"])
+    model = MODELS[network].sizes["tiny"]
+    if network == "eve" and not isinstance(recipe.objective, GroundingConfig | SelfCriticalConfig):
+        model = replace(model, decoder_layers=0)  # its pre-training has none, and only these two write
+    return replace(recipe, model=model)
 
 
 def run(name: str, trial: Trial, recipe: Recipe, data: Path, models: Path, folder: Path) -> Row:

@@ -12,6 +12,8 @@ from triptych.data.tokenizers import Tokenizer, train_wordpiece
 from triptych.data.transforms import HALF, Preprocessing
 from triptych.models.bridgetower import SIZES as BRIDGETOWER
 from triptych.models.bridgetower import BridgeTower
+from triptych.models.eve import SIZES as EVE
+from triptych.models.eve import Eve
 from triptych.models.layers import Attention
 from triptych.models.mplug import SIZES, FusionKind, MPlug
 from triptych.models.protocol import Encoded
@@ -43,6 +45,61 @@ def test_a_network_whose_texts_end_with_a_token(tokenizer: Tokenizer) -> None:
     assert cut.words == ("a",)
 
 
+def eve(tokenizer: Tokenizer, layers: int) -> Eve:
+    config = EVE["tiny"]
+    text, vision = replace(config.text, vocab_size=tokenizer.vocab_size), replace(config.vision, layers=layers)
+    return Eve(replace(config, text=text, vision=vision, deep_layers=1)).eval()
+
+
+def test_a_network_with_one_attention_for_both(tokenizer: Tokenizer) -> None:
+    """Of the attention of its blocks the share of each patch in that of all; words are those of the text."""
+    network = eve(tokenizer, layers=3)
+    maps = word_maps(network, tokenizer, PREPROCESSING, PIXELS_CHW, "a small red Triangle at the top")
+    assert maps.words == ("a", "small", "red", "Triangle", "at", "the", "top")
+    assert [name for name, _ in maps.layers] == [f"block {number}, joint" for number in (1, 2, 3)]
+    grid = 48 // network.patch
+    for _, share_WHW in maps.layers:
+        assert share_WHW.shape == (7, grid, grid)
+        assert np.allclose(share_WHW.sum((1, 2)), 1, atol=1e-5)
+        assert np.all(share_WHW >= 0)
+    cut = word_maps(network, tokenizer, PREPROCESSING, PIXELS_CHW, "a small red star", max_tokens=3)
+    assert cut.words == ("a",)
+    assert not any(module.explicit for module in network.modules() if isinstance(module, Attention))
+
+
+def test_one_attention_shows_the_patch_that_a_word_attends_to(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first word has a direction, as one patch has; the other has none. Norms keep what has mean 0."""
+    network = eve(tokenizer, layers=1)
+    grid, direction_D = 48 // network.patch, torch.tensor([1.0, -1.0]).repeat(network.width // 2)
+    attention = network.network.blocks[0].get_submodule("attention")
+    assert isinstance(attention, Attention)
+    attend_to(attention, torch.zeros(network.width))
+    with torch.no_grad():
+        attention.query.weight.copy_(3 * torch.eye(network.width))
+
+    def encode_image(pixels_BCHW: torch.Tensor) -> Encoded:
+        hidden_BND = torch.zeros(1, 1 + grid**2, network.width)
+        hidden_BND[0, 1 + 2 * grid + 1] = direction_D  # the patch in row 2, column 1
+        return Encoded(hidden_BND)
+
+    def encode_text(ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> Encoded:
+        hidden_BLD = torch.zeros(*ids_BL.shape, network.width)
+        hidden_BLD[0, 1] = direction_D
+        return Encoded(hidden_BLD, mask_BL)
+
+    monkeypatch.setattr(network, "encode_image", encode_image)
+    monkeypatch.setattr(network, "encode_text", encode_text)
+    maps = word_maps(network, tokenizer, PREPROCESSING, PIXELS_CHW, "a star")
+    assert maps.words == ("a", "star")
+    ((_, share_WHW),) = maps.layers
+    expected_HW = np.zeros((grid, grid))
+    expected_HW[2, 1] = 1
+    assert np.allclose(share_WHW[0], expected_HW, atol=1e-4)
+    assert np.allclose(share_WHW[1], 1 / grid**2, atol=1e-4)
+
+
 def test_a_map_for_each_word_and_layer(tokenizer: Tokenizer) -> None:
     maps = word_maps(model(tokenizer), tokenizer, PREPROCESSING, PIXELS_CHW, "a small red Triangle at the top")
     assert len(tokenizer.encode_batch(["triangle"], max_length=None, end=False)[0][0]) > 2  # of several pieces
@@ -67,7 +124,8 @@ def attend_to(attention: Attention, direction_D: torch.Tensor) -> None:
     with torch.no_grad():
         for part in (attention.query, attention.key_value):
             part.weight.zero_()
-            part.bias.zero_()
+            if part.bias is not None:
+                part.bias.zero_()
         attention.query.bias.copy_(direction_D)
         attention.key_value.weight[: len(direction_D)] = torch.eye(len(direction_D))
 

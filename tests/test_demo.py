@@ -112,6 +112,46 @@ def test_a_folder_of_another_size_is_refused(finished: Path, capsys: pytest.Capt
     assert "holds a demo of another size" in capsys.readouterr().err
 
 
+# --- a network that is pre-trained by masked signals alone ------------------------------------------------------
+
+
+def test_eve_is_fine_tuned_for_all_that_it_is_judged_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its pre-training neither retrieves nor writes, so nothing of that is shown; what it paints is."""
+    monkeypatch.setattr(shapes_demo, "QUICK", TINY)
+    assert demo.main(["--folder", str(tmp_path), "--model", "eve", "--quick"]) == 0
+    assert "pretrain flickr8k_eve" in capsys.readouterr().err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["trainings"]) == ["pretraining", "retrieval", "captioning"]
+    assert len(list((tmp_path / "data").iterdir())) == 3
+    for name in ("retrieval", "captioning"):
+        assert json.loads((tmp_path / name / "recipe.json").read_text())["start"] == [
+            str(tmp_path / "pretraining" / "model")
+        ]
+    pretrained, matcher, captioner = (
+        Predictor.load(tmp_path / name / "model") for name in ("pretraining", "retrieval", "captioning")
+    )
+    assert pretrained.model.decoder is None
+    for task in ("caption", "retrieval"):
+        with pytest.raises(ValueError, match=f"not trained for {task}"):
+            pretrained.check(task)
+    matcher.check("retrieval")
+    captioner.check("caption")
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for text in (
+        "EVE with 2.",
+        "Retrieval and attention are of the network fine-tuned for retrieval",
+        "block 4, joint",
+        "What it paints",
+        "Masked image (MIM)",
+        "Training curves: retrieval",
+        "Training curves: captions",
+    ):
+        assert text in html
+    assert html.count("what is seen</figcaption>") == html.count("painted</figcaption>") == TINY.test
+
+
 # --- interruption -----------------------------------------------------------------------------------------------
 
 
@@ -194,4 +234,4 @@ def test_fewer_steps_have_a_shorter_warmup() -> None:
     short = shapes_demo.DemoConfig(steps=whole.train.steps // 10).pretraining()
     assert short.train.steps == whole.train.steps // 10
     assert short.optim.warmup_steps == round(whole.optim.warmup_steps / 10)
-    assert shapes_demo.QUICK.captioning().train.steps == shapes_demo.QUICK.steps
+    assert {recipe.train.steps for recipe in shapes_demo.QUICK.recipes().values()} == {shapes_demo.QUICK.steps}

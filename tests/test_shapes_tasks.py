@@ -1,6 +1,7 @@
 """The second part of the demo in a tiny size: every task is trained and evaluated, and nothing is done twice."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -14,9 +15,12 @@ from triptych import demo, shapes_demo, shapes_tasks
 from triptych.checkpoints.folder import load
 from triptych.data.sources import Source, open_source
 from triptych.data.video import read_frames
+from triptych.models.eve import EveConfig
 from triptych.shapes_tasks import TRIALS
 from triptych.tasks.base import Task
 from triptych.tasks.comparison import Comparison
+from triptych.tasks.registry import task_for
+from triptych.tasks.vqa import VqaConfig
 from triptych.training.logs import read_log
 
 pytest.importorskip("av")
@@ -67,6 +71,27 @@ def test_the_other_network_does_every_task(monkeypatch: pytest.MonkeyPatch, tmp_
     assert loaded.model_type == "bridgetower"
     assert loaded.task is not None
     assert loaded.task["vqa"]["answering"] == "classify"
+
+
+@pytest.mark.parametrize("model", shapes_demo.NETWORKS)
+def test_recipes_of_a_networks_own_are_for_the_same_tasks(model: str) -> None:
+    """And what writes has a decoder to write with: EVE's pre-training leaves it none."""
+    config = dataclasses.replace(TINY, model=model)
+    table = shapes_tasks.trials(config)
+    assert list(table) == list(TRIALS)
+    trained = {name: trial.recipe() for name, trial in table.items() if trial.recipe is not None}
+    assert list(trained) == TRAINED
+    for name, trial in table.items():
+        assert dataclasses.replace(trial, recipe=TRIALS[name].recipe) == TRIALS[name]
+    for name, recipe in trained.items():
+        assert task_for(recipe.objective).name == TRIALS[name].task
+        if model == "eve":
+            writes = name == "self_critical" or getattr(recipe.objective, "locating", "") == "tokens"
+            assert isinstance(recipe.model, EveConfig)
+            assert (recipe.model.decoder_layers > 0) == writes
+    answers = trained["vqa"].objective
+    assert isinstance(answers, VqaConfig)
+    assert answers.answering == ("generate" if model == "mplug" else "classify")
 
 
 def test_every_training_starts_from_what_its_trial_says(finished: Path) -> None:

@@ -1,7 +1,7 @@
 """Where each word of a text looks in a picture: the attention of text to image in a model's fusion layers.
 
-Shape legend: B batch, C channels, P heads, L text tokens, N image tokens, W words, H and W (after a height) height
-and width, of pixels or of patches.
+Shape legend: B batch, C channels, L text tokens, N image tokens, T = N + L, P patches, W words, H and W (after a
+height) height and width, of pixels or of patches.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor
 from triptych.data.tokenizers import Tokenizer
 from triptych.data.transforms import Preprocessing
 from triptych.models.bridgetower import BridgeTower
+from triptych.models.eve import Eve
 from triptych.models.layers import record_attention
 from triptych.models.mplug import AsymmetricLayer, ConnectedLayer, MPlug
-from triptych.models.protocol import VisionLanguageModel
+from triptych.models.protocol import Encoded, VisionLanguageModel
 from triptych.models.text import CoAttentionLayer
 
 _KINDS: dict[type, tuple[str, str]] = {
@@ -35,7 +36,8 @@ class WordMaps:
 
     Attributes:
         layers: name and share_WHW, 0 to 1; what the image's summary token gets, and in connected layers the text, is
-            missing from the sum.
+            missing from the sum. In EVE's blocks, where a word looks at words, too, it is the share of what all patches
+            get together: the sum is 1.
     """
 
     words: tuple[str, ...]
@@ -59,8 +61,8 @@ def word_maps(
     Raises:
         ValueError: a model whose fusion this does not know, or a text without words.
     """
-    if not isinstance(model, MPlug | BridgeTower):
-        raise ValueError(f"there are no attention maps for a {model.model_type}, only for mplug and bridgetower")
+    if not isinstance(model, MPlug | BridgeTower | Eve):
+        raise ValueError(f"there are no attention maps for a {model.model_type}, only for mplug, bridgetower and eve")
     encoding = tokenizer.backend.encode(text, add_special_tokens=False)
     ids_BL, mask_BL = tokenizer.encode_batch([text], max_length=max_tokens, end=model.ends_texts)
     pieces = _pieces_of_words(encoding.word_ids, ids_BL.shape[1] - 1 - int(model.ends_texts))
@@ -70,22 +72,45 @@ def word_maps(
     with torch.inference_mode():
         image = model.encode_image(preprocessing.normalize(pixels_CHW[None].to(device)))
         encoded = model.encode_text(ids_BL.to(device), mask_BL.to(device))
-        with record_attention(model.fusion) as attention:
-            model.fuse(image, encoded)
+        shares = _joint_shares(model, image, encoded) if isinstance(model, Eve) else _shares(model, image, encoded)
     patch = model.config.vision.patch
     height, width = pixels_CHW.shape[1] // patch, pixels_CHW.shape[2] // patch
-    tokens = image.hidden_BLD.shape[1]
     layers = []
+    for name, share_LP in shares:
+        # Token 0 is [CLS].
+        share_WP = torch.stack([share_LP[[1 + piece for piece in word]].mean(0) for word in pieces])
+        layers.append((name, share_WP.view(-1, height, width).cpu().numpy()))
+    spans = [(encoding.offsets[word[0]][0], encoding.offsets[word[-1]][1]) for word in pieces]
+    return WordMaps(tuple(text[start:end] for start, end in spans), tuple(layers))
+
+
+def _shares(model: MPlug | BridgeTower, image: Encoded, text: Encoded) -> list[tuple[str, Tensor]]:
+    """Name of each fusion layer, and how much of each text token's attention each patch gets, [L, P]."""
+    tokens = image.hidden_BLD.shape[1]
+    with record_attention(model.fusion) as attention:
+        model.fuse(image, text)
+    shares = []
     for number, layer in enumerate(model.fusion.layers):
         name, kind = _KINDS[type(layer)]
         share_LN = attention[f"layers.{number}.{name}"][0].float().mean(0)
         if isinstance(layer, ConnectedLayer):
             share_LN = share_LN[tokens:, :tokens]
-        # Token 0 is [CLS] on both sides.
-        share_WN = torch.stack([share_LN[[1 + piece for piece in word], 1:].mean(0) for word in pieces])
-        layers.append((f"layer {number + 1}, {kind}", share_WN.view(-1, height, width).cpu().numpy()))
-    spans = [(encoding.offsets[word[0]][0], encoding.offsets[word[-1]][1]) for word in pieces]
-    return WordMaps(tuple(text[start:end] for start, end in spans), tuple(layers))
+        shares.append((f"layer {number + 1}, {kind}", share_LN[:, 1:]))
+    return shares
+
+
+def _joint_shares(model: Eve, image: Encoded, text: Encoded) -> list[tuple[str, Tensor]]:
+    """The same of each block, in whose one attention the text's tokens come after the image's; each row adds to 1."""
+    tokens = image.hidden_BLD.shape[1]
+    with record_attention(model.network) as attention:
+        model.fuse(image, text)
+    shares = []
+    for number in range(len(model.network.blocks)):
+        share_TT = attention[f"blocks.{number}.attention"][0].float().mean(0)
+        share_LP = share_TT[tokens:, 1:tokens]
+        whole_L1 = share_LP.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        shares.append((f"block {number + 1}, joint", share_LP / whole_L1))
+    return shares
 
 
 def _pieces_of_words(word_ids: list[int | None], count: int) -> list[list[int]]:

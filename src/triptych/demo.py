@@ -5,6 +5,7 @@ Everything is kept in one folder, and the same command goes on where it was inte
     data/         the Shapes world as tar shards: train, test, and compositions that training never shows
     pretraining/  the first training: log, checkpoints, and at the end model/
     captioning/   the second, from that model
+    retrieval/    of EVE, whose pre-training does not retrieve: another from that model
     pictures/     a few test pictures to try the model on
     results.json  all numbers
     report.html   the report
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "The same command goes on where an interrupted one stopped.",
     )
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything is kept (default: demo)")
-    parser.add_argument("--model", choices=("mplug", "bridgetower"), default="mplug", help="the network")
+    parser.add_argument("--model", choices=("mplug", "bridgetower", "eve"), default="mplug", help="the network")
     parser.add_argument("--quick", action="store_true", help="a smoke test of about a minute that teaches nothing")
     parser.add_argument(
         "--tasks",
@@ -73,7 +74,7 @@ def _run(folder: Path, model: str, quick: bool, tasks: bool, command: str) -> in
         return 130
     shapes_demo.print_results(evaluations)
     _say(f"\nthe report: {folder / 'report.html'}\nthe numbers: {folder / 'results.json'}")
-    for what, line in shapes_demo.next_steps(folder):
+    for what, line in shapes_demo.next_steps(folder, config):
         _say(f"\n{what}\n  {line}")
     if tasks and (code := _run_tasks(folder, config)):
         return code

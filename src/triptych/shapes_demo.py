@@ -1,5 +1,7 @@
 """The steps of the demo: the Shapes world, a small network pre-trained on it and fine-tuned for captions, and a report.
 
+A network whose pre-training is not also for retrieval is fine-tuned for that, too.
+
 ``triptych.demo`` is the command. Every step leaves what is done already as it is.
 """
 
@@ -15,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.table import Table as TerminalTable
 from torch import Tensor
@@ -26,10 +29,19 @@ from triptych.data.samples import Record, decode_image
 from triptych.data.shapes import ShapesConfig, Split, parse_caption, write_shards
 from triptych.data.sources import open_source
 from triptych.metrics.captions import score_captions
+from triptych.objectives.masked_signal import MaskedSignalConfig
 from triptych.predict import Predictor
 from triptych.progress import progress
-from triptych.recipes.shapes import caption_shapes_tiny, shapes_tiny, shapes_tiny_bridgetower
-from triptych.report import Captioned, Column, Figure, PictureSearch, Rows, Section, TextSearch
+from triptych.recipes.shapes import (
+    caption_shapes_tiny,
+    caption_shapes_tiny_eve,
+    retrieval_shapes_tiny_eve,
+    shapes_tiny,
+    shapes_tiny_bridgetower,
+    shapes_tiny_eve,
+)
+from triptych.reconstruction import pictures_of_data, reconstruct
+from triptych.report import Captioned, Column, Figure, PictureSearch, Rows, Section, Strip, TextSearch
 from triptych.tasks.captioning import CaptionReport, evaluate_captions
 from triptych.tasks.retrieval import RetrievalReport, encode_collection, evaluate_retrieval, pairs_to_match
 from triptych.training.logs import read_log
@@ -37,15 +49,47 @@ from triptych.training.parallel import autocast, process_group
 from triptych.training.runs import Recipe, run_recipe
 
 _BATCH = 50
-_SHOWN, _SHOWN_QUERIES, _SHOWN_MAPS, _FOUND = 12, 4, 2, 5
+_SHOWN, _SHOWN_QUERIES, _SHOWN_MAPS, _SHOWN_PAINTED, _FOUND = 12, 4, 2, 6, 5
 _KS = (1, 5, 10)
 
 
-NETWORKS: Mapping[str, tuple[str, Callable[[], Recipe]]] = {
-    "mplug": ("mPLUG", shapes_tiny),
-    "bridgetower": ("BridgeTower", shapes_tiny_bridgetower),
+@dataclass(frozen=True)
+class Network:
+    """A network that the demo can train.
+
+    Attributes:
+        title: its name for people.
+        trainings: by name, in order: "pretraining" from nothing, and from there each of the others, "captioning" last.
+        matcher: whose model retrieves, and shows where words look.
+        photographs: the recipe that pre-trains it on one's own pictures.
+    """
+
+    title: str
+    trainings: Mapping[str, Callable[[], Recipe]]
+    photographs: str
+    matcher: str = "pretraining"
+
+
+NETWORKS: Mapping[str, Network] = {
+    "mplug": Network("mPLUG", {"pretraining": shapes_tiny, "captioning": caption_shapes_tiny}, "flickr8k"),
+    "bridgetower": Network(
+        "BridgeTower",
+        {"pretraining": shapes_tiny_bridgetower, "captioning": caption_shapes_tiny},
+        "flickr8k_bridgetower",
+    ),
+    "eve": Network(
+        "EVE",
+        {
+            "pretraining": shapes_tiny_eve,
+            "retrieval": retrieval_shapes_tiny_eve,
+            "captioning": caption_shapes_tiny_eve,
+        },
+        "flickr8k_eve",
+        matcher="retrieval",
+    ),
 }
-"""Name for people, and pre-training, of each network that the demo can train."""
+_PURPOSES = {"retrieval": "retrieval", "captioning": "captions"}
+"""What each fine-tuning is for."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +113,18 @@ class DemoConfig:
     steps: int | None = None
     quick: bool = False
 
-    def pretraining(self) -> Recipe:
-        """The network's, with fewer steps where the demo has fewer."""
-        return self.shortened(NETWORKS[self.model][1]())
+    @property
+    def network(self) -> Network:
+        """What is trained."""
+        return NETWORKS[self.model]
 
-    def captioning(self) -> Recipe:
-        """``caption_shapes_tiny``, likewise."""
-        return self.shortened(caption_shapes_tiny())
+    def recipes(self) -> dict[str, Recipe]:
+        """Those of the network's trainings, with fewer steps where the demo has fewer."""
+        return {name: self.shortened(recipe()) for name, recipe in self.network.trainings.items()}
+
+    def pretraining(self) -> Recipe:
+        """The first of :meth:`recipes`."""
+        return self.recipes()["pretraining"]
 
     def shortened(self, recipe: Recipe) -> Recipe:
         """A recipe with the demo's number of steps, if it has one."""
@@ -133,7 +182,7 @@ def run_demo(folder: Path, config: DemoConfig, command: str) -> Mapping[Split, E
     Raises:
         ValueError: the folder holds a demo of another size, or of another version's recipe.
     """
-    recipes = {"pretraining": config.pretraining(), "captioning": config.captioning()}
+    recipes = config.recipes()
     claim(folder / "demo.json", {"demo": asdict(config), **{name: asdict(recipe) for name, recipe in recipes.items()}})
     shards = write_world(folder / "data", config)
     models: dict[str, Path] = {}
@@ -147,7 +196,7 @@ def run_demo(folder: Path, config: DemoConfig, command: str) -> Mapping[Split, E
         if not run.outcome.finished:
             return None
         models[name] = run.model_folder
-    matcher, captioner = (Predictor.load(models[name]) for name in recipes)
+    matcher, captioner = (Predictor.load(models[name]) for name in (config.network.matcher, "captioning"))
     evaluations = {
         split: evaluate(matcher, captioner, list(map(str, shards[split])), str(split))
         for split in (Split.TEST, Split.COMPOSITIONS)
@@ -370,7 +419,7 @@ def compose_report(
     command: str,
 ) -> Path:
     """Write report.html."""
-    pretraining, captioning = trainings
+    pretraining, *tuned = trainings
     curves, speed, *rest = report.run_sections(pretraining.folder)
     test, compositions = evaluations[Split.TEST], evaluations[Split.COMPOSITIONS]
     sections: list[Section] = [
@@ -382,21 +431,18 @@ def compose_report(
         _picture_searches(test),
         _text_searches(test),
         _attention(matcher, test),
+        *_paintings(pretraining, folder / "data"),
         curves,
-        report.curves_of(read_log(captioning.folder), "Training curves of the captions"),
+        *(
+            report.curves_of(read_log(training.folder), f"Training curves: {_PURPOSES[training.name]}")
+            for training in tuned
+        ),
         speed,
         _evaluation_speed(evaluations),
         *rest,
-        report.Commands("Commands", (("This report:", command), *next_steps(folder))),
+        report.Commands("Commands", (("This report:", command), *next_steps(folder, config))),
     ]
-    millions = sum(p.numel() for p in matcher.model.parameters()) / 1e6
-    lead = (
-        f"{NETWORKS[config.model][0]} with {millions:.1f} million parameters, pre-trained "
-        f"from nothing for {_length(pretraining)} on {config.train:,} generated scenes, then fine-tuned for captions "
-        f"for {_length(captioning)}. Retrieval and attention are of the pre-trained network, captions of the "
-        "fine-tuned. No test scene has a set of objects that training shows; each scene of "
-        "the compositions has a colour and a shape that training never shows together."
-    )
+    lead = _lead(config, trainings, sum(p.numel() for p in matcher.model.parameters()))
     warning = (
         "A smoke test (--quick): so few steps teach the model nothing, and its numbers say nothing. "
         "The demo without --quick trains it."
@@ -404,6 +450,21 @@ def compose_report(
     title = "Pre-training on Shapes"
     return report.write_report(
         folder / "report.html", title, sections, lead=lead, warning=warning if config.quick else ""
+    )
+
+
+def _lead(config: DemoConfig, trainings: Sequence[Training], parameters: int) -> str:
+    """What was trained, and which of the networks the sections are about."""
+    pretraining, *tuned = trainings
+    lengths = " and ".join(f"for {_PURPOSES[one.name]} for {_length(one)}" for one in tuned)
+    matcher = _PURPOSES.get(config.network.matcher)
+    return (
+        f"{config.network.title} with {parameters / 1e6:.1f} million parameters, pre-trained from nothing for "
+        f"{_length(pretraining)} on {config.train:,} generated scenes, then fine-tuned {lengths}"
+        f"{', each time from there' if len(tuned) > 1 else ''}. Retrieval and attention are of the "
+        f"{f'network fine-tuned for {matcher}' if matcher else 'pre-trained network'}, captions of that fine-tuned for "
+        "captions. No test scene has a set of objects that training shows; each scene of the compositions has a colour "
+        "and a shape that training never shows together."
     )
 
 
@@ -526,6 +587,36 @@ def _attended(predictor: Predictor, record: Record) -> report.Attended:
     return report.Attended(picture, maps.words, layers)
 
 
+def _paintings(pretraining: Training, data: Path) -> list[Section]:
+    """What a network that is pre-trained to paint hidden patches makes of test pictures."""
+    if not isinstance(pretraining.recipe.objective, MaskedSignalConfig):
+        return []
+    predictor = Predictor.load(pretraining.folder / "model")
+    pictures = pictures_of_data(predictor, open_source(str(data / "test-*.tar")), _SHOWN_PAINTED)
+    found = reconstruct(predictor, pictures)
+
+    def shown(pixels_CHW: Tensor) -> Image.Image:
+        return Image.fromarray(pixels_CHW.permute(1, 2, 0).contiguous().numpy())
+
+    strips = [
+        Strip(
+            one.picture.text,
+            (
+                ("what is seen", shown(one.seen_CHW)),
+                ("painted", shown(one.paintings[0].pixels_CHW)),
+                ("the picture", shown(one.picture.pixels_CHW)),
+            ),
+        )
+        for one in found
+    ]
+    share = pretraining.recipe.objective.image_ratio
+    note = (
+        f"The first test pictures with {share:.0%} of their patches hidden, and what the pre-trained network paints in "
+        "their place, which has read the text."
+    )
+    return [report.Strips("What it paints", tuple(strips), note)]
+
+
 def _evaluation_speed(evaluations: Mapping[Split, Evaluation]) -> Section:
     facts = {}
     for split, found in evaluations.items():
@@ -536,7 +627,7 @@ def _evaluation_speed(evaluations: Mapping[Split, Evaluation]) -> Section:
     return report.Facts("Speed of the evaluation", facts, "Of the seeing model; the blind one takes as long.")
 
 
-def next_steps(folder: Path) -> tuple[tuple[str, str], ...]:
+def next_steps(folder: Path, config: DemoConfig) -> tuple[tuple[str, str], ...]:
     """What to do after the demo: what it is good for, and the command."""
     tool = _tool()
     model = "" if folder == Path("demo") else f" --checkpoint {shlex.quote(str(folder / 'captioning' / 'model'))}"
@@ -546,7 +637,7 @@ def next_steps(folder: Path) -> tuple[tuple[str, str], ...]:
         (
             "Train on your own pictures, from a file of lines such as "
             '{"image": "photos/1.jpg", "caption": "a dog on a beach"}, or from tar shards of img2dataset:',
-            f"{tool} pretrain flickr8k --data captions.jsonl --folder runs/mine",
+            f"{tool} pretrain {config.network.photographs} --data captions.jsonl --folder runs/mine",
         ),
     )
 

@@ -29,7 +29,7 @@ from triptych.metrics.boxes import paired_iou
 from triptych.predict import Predictor
 from triptych.recipes import shapes as shapes_recipes
 from triptych.report import Captioned, Column, Rows, Section
-from triptych.shapes_demo import NETWORKS, DemoConfig, claim, exact_share, names_exactly
+from triptych.shapes_demo import DemoConfig, claim, exact_share, names_exactly
 from triptych.tasks.comparison import compare
 from triptych.training.parallel import autocast, process_group
 from triptych.training.runs import Recipe, run_recipe
@@ -139,11 +139,23 @@ TRIALS: Mapping[str, Trial] = {
 }
 
 
+_OWN: Mapping[str, Mapping[str, Callable[[], Recipe]]] = {
+    "bridgetower": {"vqa": shapes_recipes.vqa_shapes_tiny_classify},
+    "eve": {
+        "vqa": shapes_recipes.vqa_shapes_tiny_eve,
+        "grounding": shapes_recipes.grounding_shapes_tiny_eve,
+        "nlvr2": shapes_recipes.nlvr2_shapes_tiny_eve,
+        "entailment": shapes_recipes.entailment_shapes_tiny_eve,
+        "self_critical": shapes_recipes.self_critical_shapes_tiny_eve,
+    },
+}
+"""Recipes of trials that networks have of their own; BridgeTower and EVE choose their answers, as in their papers."""
+
+
 def trials(config: DemoConfig) -> Mapping[str, Trial]:
-    """The table; a BridgeTower chooses its answers, as its paper does."""
-    if config.model != "bridgetower":
-        return TRIALS
-    return {**TRIALS, "vqa": replace(TRIALS["vqa"], recipe=shapes_recipes.vqa_shapes_tiny_classify)}
+    """The table, with the network's own recipes."""
+    own = _OWN.get(config.model, {})
+    return {name: replace(trial, recipe=own.get(name, trial.recipe)) for name, trial in TRIALS.items()}
 
 
 def run_tasks(folder: Path, config: DemoConfig) -> bool:
@@ -295,8 +307,7 @@ def write_page(
             "The last frame, and what a model says that has seen images alone; right where it names all objects.",
         ),
     ]
-    network = NETWORKS[config.model][0]
-    lead = f"Every downstream task on the built-in world, fine-tuned from one pre-trained {network}."
+    lead = f"Every downstream task on the built-in world, fine-tuned from one pre-trained {config.network.title}."
     return report.write_report(folder / "tasks.html", "Downstream tasks on Shapes", sections, lead=lead)
 
 

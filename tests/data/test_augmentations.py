@@ -8,6 +8,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from triptych.data.augmentations import (
     DISTORTIONS,
     OPERATIONS,
+    ColourJitter,
     RandAugment,
     RandomAugment,
     augment,
@@ -169,7 +170,26 @@ def test_rand_augment_draws_every_distortion_always():
     assert np.array_equal(RandAugment()(image), first)
 
 
+def test_colour_jitter_multiplies_by_up_to_its_numbers():
+    image = Image.new("RGB", (8, 8), (100, 100, 100))  # grey: neither contrast nor saturation changes it
+    transform = pickle.loads(pickle.dumps(ColourJitter()))
+    torch.manual_seed(0)
+    levels = [int(np.asarray(transform(image))[0, 0, 0]) for _ in range(200)]
+    assert 59 <= min(levels) < 70
+    assert 130 < max(levels) <= 140
+    coloured, plain = noise(8, 8), ColourJitter(0.0, 0.0, 0.0)
+    assert np.array_equal(plain(coloured), coloured)
+    torch.manual_seed(1)
+    first = np.asarray(ColourJitter()(coloured))
+    torch.manual_seed(1)
+    assert np.array_equal(ColourJitter()(coloured), first)
+    for one in (ColourJitter(0.0, 0.4, 0.0), ColourJitter(0.0, 0.0, 0.4)):
+        assert not np.array_equal(one(coloured), coloured)
+
+
 def test_bad_settings():
+    with pytest.raises(ValueError, match=r"contrast must be in 0\.\.1"):
+        ColourJitter(contrast=1.5)
     with pytest.raises(ValueError, match=r"level must be in 0\.\.10"):
         RandomAugment(level=11)
     with pytest.raises(ValueError, match=r"level must be in 0\.\.30"):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,33 @@ def test_a_foreign_tokenizer_json(tmp_path: Path) -> None:
     roberta = Tokenizer.load(tmp_path / "tokenizer.json")
     assert roberta.decode(ids_of(roberta, "a cat, and a dog")) == "a cat, and a dog"
     assert len(ids_of(roberta, "a cat, and a dog")) > 4
+
+
+def renamed(folder: Path, to: Path, names: Mapping[str, str]) -> Path:
+    """The vocabulary with other names for the special tokens, which are in no merge."""
+    to.mkdir()
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    (to / "vocab.json").write_text(json.dumps({names.get(token, token): index for token, index in vocabulary.items()}))
+    (to / "merges.txt").write_bytes((folder / "merges.txt").read_bytes())
+    return to
+
+
+BERT_NAMES = {"<s>": "[CLS]", "<pad>": "[PAD]", "</s>": "[SEP]", "<unk>": "[UNK]", "<mask>": "[MASK]"}
+
+
+def test_the_special_tokens_may_be_berts(tokenizer: Tokenizer, folder: Path, tmp_path: Path) -> None:
+    """As EVE's may be, whose 64,000 are byte pairs with [CLS] and [SEP]."""
+    bert = open_tokenizer(renamed(folder, tmp_path / "eve", BERT_NAMES))
+    assert bert.special_ids == tokenizer.special_ids
+    assert bert.special.bos == "[CLS]"
+    assert (bert.bos_id, bert.eos_id) == (0, 2)
+    text = "A man isn't riding the café \U0001f600!"
+    assert ids_of(bert, text) == ids_of(tokenizer, text)
+    assert bert.decode(ids_of(bert, text)) == text
+    assert ids_of(bert, "man [MASK]") == ids_of(tokenizer, "man <mask>")
+    missing = renamed(folder, tmp_path / "odd", {**BERT_NAMES, "<mask>": "[mask]"})
+    with pytest.raises(ValueError, match=r"vocabulary with BERT's special tokens: it lacks \[MASK\]"):
+        open_tokenizer(missing)
 
 
 def test_an_open_tokenizer_of_bert(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from triptych.data.samples import Record
 from triptych.data.tokenizers import Tokenizer, train_wordpiece
 from triptych.data.transforms import HALF, Preprocessing
 from triptych.generation import BeamSearch
+from triptych.models import build
 from triptych.models.protocol import VisionLanguageModel
 from triptych.objectives.alignment import Alignment, AlignmentConfig
 from triptych.objectives.pretraining import Pretraining, PretrainingConfig, TextIds
@@ -227,6 +228,47 @@ def test_pictures_are_captioned(
     assert len(task.caption(pixels)) == B
 
 
+@pytest.mark.usefixtures("once_a_network")
+@pytest.mark.parametrize("context", ["image", "fused"])
+def test_a_network_that_is_given_a_decoder_writes_captions(
+    case: Any, pixels: Tensor, tokenizer: Tokenizer, texts: Tokens, context: Any
+) -> None:
+    """As fine-tuning does where pre-training had none; mPLUG always has one."""
+    if case.model_type == "mplug":
+        with pytest.raises(ValueError, match="cannot be given a decoder"):
+            build(case.model_type, case.config).add_decoder(2)
+        return
+    model = build(case.model_type, dataclasses.replace(case.config, decoder_layers=0))
+    with pytest.raises(ValueError, match="captioning needs a model with a decoder"):
+        Captioning(model, tokenizer, PREPROCESSING, CaptioningConfig(context, search=SEARCH))
+    model.add_decoder(2)
+    task = Captioning(model, tokenizer, PREPROCESSING, CaptioningConfig(context, search=SEARCH)).eval()
+    assert_trains_what_it_says(task, ImageTextBatch(pixels, texts, torch.arange(B)))
+    assert "decoder" in owners(model, with_gradient=True)
+
+
+@pytest.mark.usefixtures("once_a_network")
+def test_clips_are_captioned_questioned_and_aligned(
+    model: VisionLanguageModel, tokenizer: Tokenizer, pixels: Tensor, texts: Tokens
+) -> None:
+    """What is trained of pictures is trained of clips: [B, F, C, H, W] in their place."""
+    clips = torch.stack([pixels, pixels.flip(0)], dim=1)
+    batch = ImageTextBatch(clips, texts, torch.arange(B))
+    captioning = Captioning(model, tokenizer, PREPROCESSING, CaptioningConfig(search=SEARCH)).eval()
+    assert_trains_what_it_says(captioning, batch)
+    assert len(captioning.caption(clips)) == B
+    config = VqaConfig("classify", answers=("red", "two"))
+    questions = VisualQuestionAnswering(model, tokenizer, PREPROCESSING, config).eval()
+    items = [Question(row, CAPTIONS[row], ("red", "two"), (0.5, 0.5)) for row in range(B)]
+    asked = questions.batch(clips, torch.arange(B), items, max_tokens=20)
+    assert_trains_what_it_says(questions, asked)
+    with torch.no_grad():
+        still = dataclasses.replace(asked, pixels=torch.stack([pixels, pixels], dim=1))
+        assert abs(questions(asked)["vqa"] - questions(still)["vqa"]) > 1e-5
+    alignment = Alignment(model, AlignmentConfig(queue_size=0, momentum=None, alpha=0.0), mean=HALF, std=HALF)
+    assert gradients(alignment, alignment(batch, 0))
+
+
 def test_a_prompt_is_read_as_texts_are_in_training(
     model: VisionLanguageModel, tokenizer: Tokenizer, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,7 +300,8 @@ def test_a_step_of_pretraining(
     task = Pretraining(model, config, ids, mean=HALF, std=HALF)
     prefix = Tokens(texts.ids_BL[:, :2], texts.mask_BL[:, :2])
     assert gradients(task, task(PretrainingBatch(pixels, texts, torch.arange(B), prefix, texts), 0))
-    assert all(p.requires_grad for name, p in model.named_parameters() if name.partition(".")[0] != case.beside)
+    unused = {case.beside, *model.parts.get("pixels", ())}
+    assert all(p.requires_grad for name, p in model.named_parameters() if name.partition(".")[0] not in unused)
 
 
 def picture_file(size: int) -> bytes:

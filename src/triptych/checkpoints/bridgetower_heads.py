@@ -53,13 +53,18 @@ class TaskHead:
         """As a checkpoint folder keeps it."""
         return {self.task: asdict(self.config)}
 
+    @property
+    def picture_types(self) -> bool:
+        """Whether the task adds a vector to each of two pictures; D is then half of P."""
+        return isinstance(self.config, Nlvr2Config) and self.config.picture_types
+
     def shapes(self, where: str | Path) -> Shapes:
         """Name and shape of what the task adds to the model, after :data:`OWN`."""
         states = 2 if self.task == "nlvr2" else 1
         scale = self.config.head_scale / states
         head = shapes_of(lambda: ClassifierHead(states * self.pooled, self.classes, scale=scale), where)
         shapes = {f"{OWN}head.{name}": shape for name, shape in head.items()}
-        if self.task == "nlvr2":
+        if self.picture_types:
             shapes[f"{OWN}picture_types"] = (2, self.pooled // 2)
         return shapes
 
@@ -67,7 +72,7 @@ class TaskHead:
         """Where these come from."""
         layers = {"expand": 0, "norm": 1, "classify": 3}
         rules = [rule for part, i in layers.items() for rule in linear(f"{OWN}head.{part}", f"{self.classifier}.{i}")]
-        if self.task == "nlvr2":
+        if self.picture_types:
             rules.append(_picture_types())
         return rules
 
@@ -90,7 +95,7 @@ def find_head(
         return None, {name: "a classifier of one layer, which no task here has", **left}
     hidden, _ = table(tensors, f"{name}.0.weight", source)
     classes, _ = table(tensors, f"{name}.3.weight", source)
-    scale = _scale(hidden, 2 * width)
+    scale = head_scale(hidden, 2 * width)
     if name == _NLVR2:
         nlvr2 = Nlvr2Config(variant="passes", picture_types=True, head_scale=scale, head_dropout=0.1)
         return TaskHead("nlvr2", nlvr2, name, classes, 2 * width), left
@@ -116,7 +121,7 @@ def _picture_types() -> Rule:
     return Rule((f"{OWN}picture_types",), (TYPES,), differences)
 
 
-def _scale(hidden: int, width: int) -> float:
+def head_scale(hidden: int, width: int) -> float:
     """The number that times ``width``, rounded down, is ``hidden``."""
     scale = hidden / width
     return scale if int(width * scale) == hidden else math.nextafter(scale, math.inf)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from triptych.checkpoints import bert, bridgetower, bridgetower_hf, clip, mplug
+from triptych.checkpoints import beit, bert, bridgetower, bridgetower_hf, clip, eve, mplug
 from triptych.checkpoints.errors import CheckpointError
 from triptych.checkpoints.folder import save_folder
 from triptych.checkpoints.mapping import Report
@@ -33,10 +33,12 @@ KINDS: dict[str, Kind] = {
     "mplug-modelscope": Kind(mplug.convert_mplug_modelscope, mplug.OPTIONS),
     "bridgetower": Kind(bridgetower.convert_bridgetower, bridgetower.OPTIONS),
     "bridgetower-hf": Kind(bridgetower_hf.convert_bridgetower_hf, bridgetower_hf.OPTIONS),
+    "eve": Kind(eve.convert_eve, eve.OPTIONS),
     "clip": Kind(clip.convert_clip, clip.OPTIONS),
     "clip-hf": Kind(clip.convert_clip_hf, clip.OPTIONS),
     "bert-hf": Kind(bert.convert_bert, bert.OPTIONS),
     "roberta-hf": Kind(bert.convert_roberta, bert.OPTIONS),
+    "beit2": Kind(beit.convert_beit, beit.OPTIONS),
 }
 """The values of ``--from``."""
 
@@ -106,7 +108,8 @@ def _tokenizer(source: Path, vocab: Path | None, words: int, report: Report) -> 
         path = next((beside / name for name in VOCABULARY_FILES if (beside / name).is_file()), None)
     if path is None:
         report.notes.append(
-            "no vocabulary beside the file, so no tokenizer saved: give its vocab.txt or vocab.json with --vocab"
+            "no vocabulary beside the file, so no tokenizer saved: give its vocab.txt, vocab.json or "
+            "tokenizer.json with --vocab"
         )
         return None
     try:

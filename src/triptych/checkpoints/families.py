@@ -15,6 +15,7 @@ _SIGNS = (
     ("a checkpoint of this library, which needs no conversion", ("fusion.layers.", "decoder.embeddings.word.")),
     ("OpenAI's CLIP (--from clip)", ("visual.conv1.weight", "visual.class_embedding")),
     ("OpenAI's CLIP with a ResNet, which has no Transformer for images", ("visual.layer1.",)),
+    ("a BEiT-2 (--from beit2)", ("blocks.0.attn.q_bias",)),
     ("transformers' CLIP (--from clip-hf)", ("vision_model.embeddings.",)),
     ("transformers' RoBERTa (--from roberta-hf)", ("roberta.embeddings.", "lm_head.layer_norm.")),
     (

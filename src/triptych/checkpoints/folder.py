@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import triptych
+from triptych.checkpoints.beit import Beit, BeitConfig
 from triptych.checkpoints.bert import Bert, BertConfig
 from triptych.checkpoints.beside import read_json
 from triptych.checkpoints.building import build_with, shapes_of
@@ -50,6 +51,7 @@ TASK_WEIGHTS, EMA, QUEUES, CONVERSION = (
     "conversion.json",
 )
 FILES = (CONFIG, WEIGHTS, TOKENIZER, CARD, TASK_WEIGHTS, EMA, QUEUES, CONVERSION)
+_POSITION_TABLES = ("vision.position_embedding", "image_embeddings.position_embedding")
 _HUB_FILES = (".gitattributes", ".cache", ".gitignore", ".git")
 
 
@@ -65,6 +67,7 @@ FAMILIES: dict[str, Family] = {
     **{model_type: Family(family.model, family.config) for model_type, family in MODELS.items()},
     "clip-vision": Family(VisionTransformer, VisionConfig),
     "bert": Family(Bert, BertConfig),
+    "beit": Family(Beit, BeitConfig),
 }
 """By ``model_type``: every network, and parts to initialise one from."""
 
@@ -326,7 +329,7 @@ def _resized(folder: Path, model_type: str, config: Any, state: Tensors, image_s
         raise CheckpointError(folder, f"the image size of a {model_type} cannot be changed on loading")
     if image_size < 1:
         raise CheckpointError(folder, f"image_size must be at least 1, not {image_size}")
-    name = "vision.position_embedding"
+    name = next(name for name in _POSITION_TABLES if name in state)
     try:
         vision = replace(config.vision, image_size=image_size)
         side = image_size // vision.patch

@@ -53,6 +53,11 @@ def concatenate(target: str, *sources: str) -> Rule:
     return Rule((target,), sources, lambda tensors: [torch.cat(list(tensors))])
 
 
+def stack(target: str, *sources: str) -> Rule:
+    """Several equal tensors as one, along a new first dimension."""
+    return Rule((target,), sources, lambda tensors: [torch.stack(list(tensors))])
+
+
 def split(source: str, *targets: tuple[str, int]) -> Rule:
     """Cut a tensor along its rows into (target, share) pieces: shares 1 and 2 are a third and two thirds."""
     shares = [share for _, share in targets]
@@ -236,7 +241,7 @@ def convert_tensors(
             report.unexpected.append(Entry(name, tuple(tensor.shape)))
     report.missing = [Entry(name, shape) for name, shape in expected.items() if name not in state]
 
-    _refuse_missing(report.missing, allow_missing, names, source, hint)
+    _refuse_missing(report.missing, allow_missing, names, tensors, source, hint)
     _refuse_unexpected(report.unexpected, allow_unexpected, source)
     return state, report
 
@@ -292,13 +297,14 @@ def _refuse_unexpected(entries: Sequence[Entry], allowed: Sequence[str], source:
 
 
 def _refuse_missing(
-    entries: Sequence[Entry], allowed: Sequence[str], names: NameMap, source: str | Path, hint: str
+    entries: Sequence[Entry], allowed: Sequence[str], names: NameMap, tensors: Tensors, source: str | Path, hint: str
 ) -> None:
     refused = [entry for entry in entries if not _matches(entry.name, allowed)]
     if refused:
         first = refused[0].name
-        sources = next((" and ".join(rule.sources) for rule in names.rules if first in rule.targets), None)
-        origin = f" ({first} would come from {sources})" if sources else ""
+        rule = next((rule for rule in names.rules if first in rule.targets), None)
+        absent = [name for name in rule.sources if name not in tensors] if rule else []
+        origin = f" ({first} would come from {_few(absent)})" if absent else ""
         about = f". It looks like {hint}" if hint else ""
         raise CheckpointError(
             source,

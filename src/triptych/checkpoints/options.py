@@ -21,7 +21,7 @@ class Options:
 
     Attributes:
         image_size: pixels of a side; the position table is interpolated where the file has another one.
-        vision_heads, text_heads: attention heads; by default width / 64.
+        vision_heads, text_heads: attention heads; by default width / 64. EVE's only Transformer has ``vision_heads``.
         activation: of the image encoder; by default ``quick_gelu``, as OpenAI's.
         stride: mPLUG's S, which no tensor tells: by default 6 where there is a width bridge (large), else 3.
         fusion_layers: how many of the allocated fusion layers, counted from the top, the network runs.
@@ -30,7 +30,7 @@ class Options:
         keep_queues: also write the contrastive queues, to ``queues.safetensors``.
         allow_missing: globs of our names that may keep their initial values.
         allow_unexpected: globs of official names that may be ignored.
-        answers: the classes of a fine-tuned BridgeTower for questions, see
+        answers: the classes of a BridgeTower or an EVE fine-tuned for questions, see
             :func:`triptych.checkpoints.bridgetower_heads.read_answers`.
         resize: of other aspect ratios, see :class:`triptych.data.transforms.Preprocessing`; by default as published.
         vocab: a ``vocab.txt`` (BERT), ``vocab.json`` with ``merges.txt`` (RoBERTa) or ``tokenizer.json``; by default

@@ -23,15 +23,20 @@ from triptych.checkpoints.bridgetower_heads import CLASSIFIERS
 from triptych.checkpoints.building import build_with
 from triptych.checkpoints.configs import from_json
 from triptych.checkpoints.errors import CheckpointError
+from triptych.checkpoints.eve import eve_state
+from triptych.checkpoints.eve_heads import BI_ATTENTION, CLASSIFIER, contrastive_width
 from triptych.checkpoints.mplug import mplug_state
 from triptych.checkpoints.reading import Tensors, read_tensors
 from triptych.generation import BeamSearch, SpecialIds, generate
 from triptych.models.bridgetower import BridgeTower, BridgeTowerConfig
+from triptych.models.eve import Eve, EveConfig
 from triptych.models.heads import ClassifierHead
+from triptych.models.moe import MoEConfig, record_routing
 from triptych.models.mplug import MPlug, MPlugConfig
 from triptych.models.protocol import Encoded
 from triptych.models.text import TextConfig, TextDecoder
 from triptych.models.vision import VisionConfig
+from triptych.objectives.balance import balance_loss
 
 
 @dataclass(frozen=True)
@@ -380,5 +385,68 @@ def _classifier(recording: Recording, name: str, config: BridgeTowerConfig) -> n
     return head.eval()
 
 
-FAMILIES: dict[str, Callable[[Recording], Outputs]] = {"mplug": _mplug_outputs, "bridgetower": _bridgetower_outputs}
+def _eve_outputs(recording: Recording) -> Outputs:
+    """States of pairs, of pictures and of texts, and the auxiliary loss of every soft router, lowest first."""
+    config = _eve_config(recording)
+    left = dict.fromkeys((CLASSIFIER, *BI_ATTENTION), "a head of its own")
+    state, _ = eve_state(recording.weights, config, recording.folder, left=left)
+    model = build_with(lambda: Eve(config), state)
+    assert isinstance(model, Eve)
+    image = model.encode_image(recording.input("image"))
+    text = model.encode_text(recording.input("input_ids"), recording.input("attention_mask").bool())
+    modes: dict[str, Callable[[], Encoded]] = {
+        "fusion": lambda: model.fuse(image, text).states(),
+        "vision": lambda: model.image_states(image),
+        "text": lambda: model.text_states(text),
+    }
+    outputs: Outputs = {}
+    for name, run in modes.items():
+        with record_routing(model) as routings:
+            outputs[name] = run().hidden_BLD
+        losses = [balance_loss({layer: calls}) for layer, calls in routings.items()]
+        outputs[f"{name}_aux_per_layer"] = torch.stack(losses) if losses else torch.zeros(0)
+    return outputs
+
+
+def _eve_config(recording: Recording) -> EveConfig:
+    """With the released code's behaviour, but for its noise and its dropping, which are not recorded."""
+    values, where = recording.config, recording.folder / "config.json"
+
+    def integer(name: str) -> int:
+        value: int = recording.value(values, name, int)
+        return value
+
+    kinds = {"width": int, "heads": int, "activation": str, "layer_norm_eps": float}
+    shared = {name: recording.value(values, name, kind) for name, kind in kinds.items()}
+    vision = {"layers": integer("layers"), "patch": integer("patch"), "image_size": integer("image_size")}
+    text = {"ffn": integer("ffn"), "vocab_size": integer("vocab_size"), "max_positions": integer("text_positions")}
+    soft = recording.value(values, "soft_moe_layers", list)
+    if soft != list(range(vision["layers"] - len(soft), vision["layers"])):
+        raise CheckpointError(where, f"soft_moe_layers must be the topmost of {vision['layers']} layers, not {soft}")
+    by_modality = any(name.endswith(".moe.vision_embed") for name in recording.weights)
+    try:
+        return EveConfig(
+            from_json(VisionConfig, {**vision, **shared, "interpolation": "bicubic"}, f"{where}: model"),
+            from_json(TextConfig, {**text, **shared}, f"{where}: model"),
+            deep_layers=len(soft),
+            moe=MoEConfig(
+                integer("experts"),
+                integer("top_k"),
+                modality_routing=by_modality,
+                modality_into_experts=by_modality,
+                route_padding=True,
+            ),
+            embed_dim=contrastive_width(recording.weights, integer("width"), recording.folder),
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(where, str(error)) from error
+
+
+FAMILIES: dict[str, Callable[[Recording], Outputs]] = {
+    "mplug": _mplug_outputs,
+    "bridgetower": _bridgetower_outputs,
+    "eve": _eve_outputs,
+}
 """By config.json's ``model``."""

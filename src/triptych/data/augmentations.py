@@ -153,7 +153,30 @@ class RandAugment:
         return image
 
 
-Augmentation = RandomAugment | RandAugment
+@dataclass(frozen=True)
+class ColourJitter:
+    """VLMo's and EVE's retrieval: brightness, contrast and saturation, in a random order, of an RGB picture.
+
+    Each is multiplied by a factor drawn from ``1 - x`` to ``1 + x`` (torchvision's ColorJitter, which they use).
+    """
+
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+
+    def __post_init__(self) -> None:
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        from torchvision.transforms import v2
+
+        jittered: Image.Image = v2.ColorJitter(self.brightness, self.contrast, self.saturation)(image)
+        return jittered
+
+
+Augmentation = RandomAugment | RandAugment | ColourJitter
 
 
 def distort(image: Image.Image, distortion: Distortion, level: float, sign: int = 1) -> Image.Image:

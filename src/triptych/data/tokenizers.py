@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -47,16 +48,14 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        """Wraps a BERT-like or RoBERTa-like tokenizer.
+        """Wraps a tokenizer of any model (WordPiece, or BPE as EVE's) with the special tokens of BERT or RoBERTa.
 
         Raises:
             ValueError: it has neither BERT's nor RoBERTa's special tokens.
         """
         backend.no_padding()
         backend.no_truncation()
-        if isinstance(backend.model, models.WordPiece):
-            # the library cleans piece by piece and leaves "it ' s" apart; see `decode`
-            backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+        backend.decoder = _decoder(backend)
         self.backend = backend
         self.special = _special_tokens(backend)
         self.pad_id = self._id(self.special.pad)
@@ -114,7 +113,7 @@ class Tokenizer:
         if foreign:
             raise ValueError(f"ids {foreign[:5]} are outside of the vocabulary of {self.vocab_size}")
         text = self.backend.decode(numbers, skip_special_tokens=True)
-        if isinstance(self.backend.model, models.WordPiece):
+        if not isinstance(self.backend.decoder, _SPACED):
             text = text.replace(" ' ", "'")
             for ending in _JOINED:
                 text = text.replace(ending, ending[1:])
@@ -126,7 +125,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Reads a tokenizer.json: ours, or one of a BERT-like or RoBERTa-like model of the hub.
+        """Reads a tokenizer.json: ours, or one of a model of the hub with BERT's or RoBERTa's special tokens.
 
         Raises:
             FileNotFoundError: no such file.
@@ -165,43 +164,49 @@ def byte_level_from_files(vocabulary: str | Path, merges: str | Path) -> Tokeniz
     """A RoBERTa tokenizer from its vocab.json (tokens and ids) and merges.txt (one pair a line, in order).
 
     Bytes are merged within words, a space belongs to the word that follows it, none is put before the text, and
-    `<mask>` takes the space before it: roberta-base's (transformers ``RobertaTokenizer``).
+    `<mask>` takes the space before it: roberta-base's (transformers ``RobertaTokenizer``). The special tokens may also
+    be BERT's.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the files are not such a vocabulary, or do not belong together.
     """
     vocabulary, merges = _existing(vocabulary), _existing(merges)
-    ids = _byte_level_ids(vocabulary)
+    ids, special = _byte_level_ids(vocabulary)
     backend = tokenizers.Tokenizer(models.BPE(ids, _merges(merges, ids, vocabulary)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(
         [
-            AddedToken(token, special=True, normalized=False, lstrip=token == ROBERTA.mask)
-            for token in sorted(astuple(ROBERTA), key=ids.__getitem__)
+            AddedToken(token, special=True, normalized=False, lstrip=token == special.mask)
+            for token in sorted(astuple(special), key=ids.__getitem__)
         ]
     )
     return Tokenizer(backend)
 
 
-def _byte_level_ids(path: Path) -> dict[str, int]:
-    """The tokens of a vocab.json, checked."""
+def _byte_level_ids(path: Path) -> tuple[dict[str, int], SpecialTokens]:
+    """The tokens of a vocab.json and the special ones among them, checked."""
     try:
         ids = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not a vocab.json: {error}") from error
     if not isinstance(ids, dict) or any(type(index) is not int for index in ids.values()):
         raise ValueError(f"{path} is not a vocab.json, which has an id for each token")
-    missing = [token for token in astuple(ROBERTA) if token not in ids]
-    if missing:
-        raise ValueError(f"{path} is not a RoBERTa vocabulary: it lacks {', '.join(missing)}")
+    missing_of = {family: [token for token in astuple(family) if token not in ids] for family in (ROBERTA, BERT)}
+    special = min(missing_of, key=lambda family: len(missing_of[family]))
+    if missing := missing_of[special]:
+        name = "RoBERTa vocabulary" if special is ROBERTA else "vocabulary with BERT's special tokens"
+        raise ValueError(f"{path} is not a {name}: it lacks {', '.join(missing)}")
     bytes_missing = [letter for letter in pre_tokenizers.ByteLevel.alphabet() if letter not in ids]
     if bytes_missing:  # the library would leave these out of texts without a word
-        raise ValueError(f"{path} is not a byte-level vocabulary: it lacks {len(bytes_missing)} of the 256 bytes")
+        raise ValueError(
+            f"{path} is not a byte-level vocabulary: it lacks {len(bytes_missing)} of the 256 bytes. How another one "
+            "cuts texts into words, only its tokenizer.json says"
+        )
     if sorted(ids.values()) != list(range(len(ids))):
         raise ValueError(f"{path}: the ids of its {len(ids)} tokens are not 0 to {len(ids) - 1}, each once")
-    return ids
+    return ids, special
 
 
 def _merges(path: Path, ids: Mapping[str, int], vocabulary: Path) -> list[tuple[str, str]]:
@@ -229,7 +234,7 @@ VOCABULARY_FILES = ("vocab.txt", "tokenizer.json", "vocab.json")
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
-    """A ``tokenizer.json``, BERT's ``vocab.txt``, RoBERTa's ``vocab.json`` beside its ``merges.txt``, or their folder.
+    """A ``tokenizer.json``, BERT's ``vocab.txt``, a ``vocab.json`` beside its ``merges.txt``, or the folder of one.
 
     Raises:
         FileNotFoundError: no such file, or none in the folder.
@@ -293,6 +298,37 @@ def _bert_normalizer(lowercase: bool) -> normalizers.BertNormalizer:
     return normalizers.BertNormalizer(
         clean_text=True, handle_chinese_chars=True, strip_accents=lowercase, lowercase=lowercase
     )
+
+
+_SPACED = (decoders.ByteLevel, decoders.Metaspace, decoders.Sequence)
+"""Decoders whose tokens know the spaces between words; without, punctuation was set apart and is joined again."""
+
+
+def _decoder(backend: tokenizers.Tokenizer) -> Any:
+    """What joins tokens to a text: the tokenizer's own decoder, or where it has none what its tokens show."""
+    model, own = backend.model, backend.decoder
+    prefix = "##" if isinstance(model, models.WordPiece) else None
+    if isinstance(model, models.BPE):
+        prefix = model.continuing_subword_prefix
+    if prefix and (own is None or isinstance(own, decoders.WordPiece)):
+        # the library cleans piece by piece and leaves "it ' s" apart; see `Tokenizer.decode`
+        return decoders.WordPiece(prefix=prefix, cleanup=False)
+    if own is not None or not isinstance(model, models.BPE):
+        return own
+    if model.end_of_word_suffix:
+        return decoders.BPEDecoder(suffix=model.end_of_word_suffix)
+    cuts = _names_of(backend.pre_tokenizer)
+    if "ByteLevel" in cuts:
+        return decoders.ByteLevel()
+    return decoders.Metaspace() if "Metaspace" in cuts else None
+
+
+def _names_of(pre_tokenizer: Any) -> set[str]:
+    """The types of a pre-tokenizer and of those it is made of."""
+    if pre_tokenizer is None:
+        return set()
+    state = json.loads(pre_tokenizer.__getstate__())
+    return {part["type"] for part in [state, *state.get("pretokenizers", [])]}
 
 
 def _special_tokens(backend: tokenizers.Tokenizer) -> SpecialTokens:

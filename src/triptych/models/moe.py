@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from triptych.models.layers import ACTIVATIONS, Activation
@@ -98,27 +99,41 @@ class Router(nn.Module):
         self.gate = nn.Linear(width, config.experts, bias=False)
         self.modality = nn.Parameter(torch.zeros(MODALITIES, width)) if config.modality_routing else None
 
-    def forward(self, x_SD: Tensor, modality_S: Tensor, real_S: Tensor | None) -> tuple[Choice, Routing]:
-        """``real_S`` says which tokens take part; ``None`` for all."""
+    def forward(
+        self, x_SD: Tensor, modality_S: Tensor, real_S: Tensor | None, *, count: bool = True
+    ) -> tuple[Choice, Routing | None]:
+        """Choices and, where they are to be counted, the counts.
+
+        Args:
+            real_S: which tokens take part; ``None`` for all.
+        """
+        of_SM = one_hot(modality_S, MODALITIES, torch.float32)
         with torch.autocast(x_SD.device.type, enabled=False):
-            logits_SE = self._logits(x_SD.float(), modality_S)
+            logits_SE = self._logits(x_SD.float(), of_SM)
             probability_SE = logits_SE.softmax(-1)
             expert_SK = self._choose(logits_SE)
             weight_SK = probability_SE.gather(1, expert_SK)
-            routing, kept_SK = self._account(probability_SE, expert_SK, modality_S, real_S)
+            kept_SK = None if self.config.capacity is None else self._with_room(expert_SK, real_S)
             if kept_SK is not None:
                 weight_SK = weight_SK * kept_SK
             if self.config.top_k > 1:
                 weight_SK = weight_SK / weight_SK.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
+            routing = self._count(probability_SE, expert_SK, of_SM, real_S, kept_SK) if count else None
         return Choice(expert_SK, weight_SK), routing
 
-    def _logits(self, x_SD: Tensor, modality_S: Tensor) -> Tensor:
+    def add_modality(self, x_SD: Tensor, modality_S: Tensor) -> Tensor:
+        """x + b, for experts that see what the router sees."""
+        if self.modality is None:
+            return x_SD
+        return x_SD + one_hot(modality_S, MODALITIES, self.modality.dtype) @ self.modality
+
+    def _logits(self, x_SD: Tensor, of_SM: Tensor) -> Tensor:
         """W (x + b) as W x + W b, which makes no second copy of the tokens."""
         gate_ED = self.gate.weight.float()
         logits_SE = F.linear(x_SD, gate_ED)
         if self.modality is None or self.config.modality_into_experts:  # then x has it already
             return logits_SE
-        return logits_SE + F.linear(self.modality.float(), gate_ED)[modality_S]
+        return torch.addmm(logits_SE, of_SM, F.linear(self.modality.float(), gate_ED))
 
     @torch.no_grad()
     def _choose(self, logits_SE: Tensor) -> Tensor:
@@ -132,42 +147,52 @@ class Router(nn.Module):
         second_S = logits_SE.scatter(1, first_S[:, None], -math.inf).argmax(1)
         return torch.stack([first_S, second_S], dim=1)
 
-    def _account(
-        self, probability_SE: Tensor, expert_SK: Tensor, modality_S: Tensor, real_S: Tensor | None
-    ) -> tuple[Routing, Tensor | None]:
-        """Counts, and with a capacity which choices find room, [S, K]."""
-        E = self.config.experts
-        of_ME = F.one_hot(modality_S, MODALITIES).to(probability_SE.dtype)
+    def _count(
+        self,
+        probability_SE: Tensor,
+        expert_SK: Tensor,
+        of_SM: Tensor,
+        real_S: Tensor | None,
+        kept_SK: Tensor | None,
+    ) -> Routing:
         if real_S is not None:
-            of_ME = of_ME * real_S[:, None]
-        chosen_SKE = F.one_hot(expert_SK, E).to(probability_SE.dtype)
-        first_ME, chosen_ME = of_ME.T @ chosen_SKE[:, 0], of_ME.T @ chosen_SKE.sum(1)
-        kept_SK = None
-        dropped = probability_SE.new_zeros(())
-        if self.config.capacity is not None:
-            kept_SK = self._with_room(chosen_SKE, of_ME.sum(1))
-            dropped = (of_ME.sum(1)[:, None] * (1 - kept_SK)).sum()
-        return Routing(of_ME.T @ probability_SE, first_ME, chosen_ME, dropped), kept_SK
+            of_SM = of_SM * real_S[:, None]
+        chosen_SKE = one_hot(expert_SK, self.config.experts, of_SM.dtype)
+        first_ME, chosen_ME = of_SM.T @ chosen_SKE[:, 0], of_SM.T @ chosen_SKE.sum(1)
+        dropped = of_SM.new_zeros(()) if kept_SK is None else (of_SM.sum(1, keepdim=True) * (1 - kept_SK)).sum()
+        return Routing(of_SM.T @ probability_SE, first_ME, chosen_ME, dropped)
 
-    def _with_room(self, chosen_SKE: Tensor, real_S: Tensor) -> Tensor:
-        """GShard's rule: first choices in the order of the batch, then second choices, until an expert is full.
+    def _with_room(self, expert_SK: Tensor, real_S: Tensor | None) -> Tensor:
+        """Which choices find room, [S, K], by GShard's rule: first choices in the order of the batch, then second ones.
 
         Source: microsoft/DeepSpeed ``deepspeed/moe/sharded_moe.py`` top2gating.
         """
-        S, K, E = chosen_SKE.shape
+        S, K = expert_SK.shape
         assert self.config.capacity is not None
-        room = max(4, math.ceil(self.config.capacity * K * S / E))
-        queue_XE = (chosen_SKE * real_S[:, None, None]).transpose(0, 1).reshape(K * S, E)
+        room = max(4, math.ceil(self.config.capacity * K * S / self.config.experts))
+        queue_XE = one_hot(expert_SK.T.flatten(), self.config.experts, torch.float32)
+        if real_S is not None:
+            queue_XE = queue_XE * real_S.repeat(K)[:, None]
         before_X = ((queue_XE.cumsum(0) - queue_XE) * queue_XE).sum(1)
-        return (before_X < room).view(K, S).T.to(chosen_SKE.dtype)
+        return (before_X < room).view(K, S).T.to(queue_XE.dtype)
+
+
+def one_hot(index: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """One more dimension: 1 where it is the index, else 0. Products with it replace looking up and adding up.
+
+    Few rows that are looked up again and again are slow to add gradients to one by one, and on a GPU it happens in no
+    certain order.
+    """
+    return (index[..., None] == torch.arange(classes, device=index.device)).to(dtype)
 
 
 class Dispatch:
     """Where each choice of each token stands when choices are sorted by expert.
 
     Attributes:
-        token_R: the token of each row.
-        place_SK: the row of each choice; 0 for tokens that do not take part.
+        choice_R: which choice each row is, of S K: those of a token are next to each other.
+        token_R: its token.
+        place_KS: the row of the k-th choice of each token; 0 for tokens that do not take part.
         counts_E: rows of each expert.
         real_S: tokens that take part, or None for all.
     """
@@ -177,66 +202,84 @@ class Dispatch:
         S, K = expert_SK.shape
         if real_S is not None:
             expert_SK = torch.where(real_S[:, None], expert_SK, experts)  # the last, and cut off
-        order_X = expert_SK.flatten().argsort(stable=True)
-        place_X = torch.empty_like(order_X)
-        place_X[order_X] = torch.arange(S * K, device=order_X.device)
-        self.order_R = order_X[:rows]
-        self.token_R = self.order_R // K
-        self.place_SK = place_X.view(S, K)
+        expert_X = expert_SK.flatten()
+        order_X = expert_X.argsort(stable=True)
+        place_X = torch.empty_like(order_X).scatter_(0, order_X, torch.arange(S * K, device=order_X.device))
+        self.choice_R = order_X[:rows]
+        self.token_R = self.choice_R // K
+        self.place_KS = place_X.view(S, K).T.contiguous()
         if real_S is not None:
-            self.place_SK = torch.where(real_S[:, None], self.place_SK, 0)
+            self.place_KS = self.place_KS * real_S
         self.counts_E = torch.zeros(experts + 1, dtype=torch.long, device=order_X.device).scatter_add_(
-            0, expert_SK.flatten(), torch.ones_like(order_X)
+            0, expert_X, torch.ones_like(order_X)
         )[:experts]
         self.real_S = real_S
 
     def rows(self, x_SD: Tensor) -> Tensor:
         """[S, D] tokens to [R, D] rows."""
-        return _ToRows.apply(x_SD, self)
+        return _ToRows.apply(x_SD, self.token_R, self.place_KS, self.real_S)
 
     def tokens(self, y_RD: Tensor, weight_SK: Tensor) -> Tensor:
         """[R, D] rows to [S, D] tokens: the weighted sum of a token's K rows; 0 where a token takes no part."""
-        y_SKD = _FromRows.apply(y_RD, self)
         if self.real_S is not None:
             weight_SK = weight_SK * self.real_S[:, None]
-        return torch.einsum("skd,sk->sd", y_SKD, weight_SK.to(y_SKD.dtype))
+        return _FromRows.apply(y_RD, weight_SK.to(y_RD.dtype), self.choice_R, self.token_R, self.place_KS)
 
 
 class _ToRows(torch.autograd.Function):
     """A gather whose gradient is a gather, too: adding into rows is slow, and on a GPU in no certain order."""
 
     @staticmethod
-    def forward(ctx: Any, x_SD: Tensor, dispatch: Dispatch) -> Tensor:
-        ctx.dispatch = dispatch
-        return x_SD.index_select(0, dispatch.token_R)
+    def forward(ctx: Any, x_SD: Tensor, token_R: Tensor, place_KS: Tensor, real_S: Tensor | None) -> Tensor:
+        ctx.save_for_backward(place_KS, real_S)
+        return x_SD.index_select(0, token_R)
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        dispatch: Dispatch = ctx.dispatch
-        S, K = dispatch.place_SK.shape
-        if len(grad_RD) == 0:
-            return grad_RD.new_zeros(S, grad_RD.shape[1]), None
-        grad_SD = grad_RD.index_select(0, dispatch.place_SK.flatten()).view(S, K, -1).sum(1)
-        if dispatch.real_S is not None:
-            grad_SD = grad_SD.masked_fill(~dispatch.real_S[:, None], 0)
-        return grad_SD, None
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
+        place_KS, real_S = ctx.saved_tensors
+        grad_SD = _gathered(grad_RD, place_KS, None)
+        if real_S is not None:
+            grad_SD = grad_SD.masked_fill_(~real_S[:, None], 0)
+        return grad_SD, None, None, None
 
 
 class _FromRows(torch.autograd.Function):
-    """The K rows of each token, [S, K, D]; the gradient, too, is a gather."""
+    """The weighted sum of the rows of each token. Nothing of size S x K x D is made or kept."""
 
     @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, dispatch: Dispatch) -> Tensor:
-        ctx.dispatch = dispatch
-        S, K = dispatch.place_SK.shape
-        if len(y_RD) == 0:  # yet with a graph: other processes may wait for this one's part of the backward pass
-            return y_RD.new_zeros(S, K, y_RD.shape[1])
-        return y_RD.index_select(0, dispatch.place_SK.flatten()).view(S, K, -1)
+    def forward(
+        ctx: Any, y_RD: Tensor, weight_SK: Tensor, choice_R: Tensor, token_R: Tensor, place_KS: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(y_RD, weight_SK, choice_R, token_R)
+        return _gathered(y_RD, place_KS, weight_SK)
 
     @staticmethod
-    def backward(ctx: Any, grad_SKD: Tensor) -> tuple[Tensor, None]:
-        dispatch: Dispatch = ctx.dispatch
-        return grad_SKD.flatten(0, 1).index_select(0, dispatch.order_R), None
+    @once_differentiable
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        y_RD, weight_SK, choice_R, token_R = ctx.saved_tensors
+        grad_RD = grad_SD.index_select(0, token_R)
+        grad_R = torch.linalg.vecdot(grad_RD, y_RD)
+        grad_SK = torch.zeros_like(weight_SK).flatten().scatter_(0, choice_R, grad_R).view_as(weight_SK)
+        weight_R1 = weight_SK.flatten().index_select(0, choice_R)[:, None]
+        return grad_RD.mul_(weight_R1), grad_SK, None, None, None
+
+
+def _gathered(x_RD: Tensor, place_KS: Tensor, weight_SK: Tensor | None) -> Tensor:
+    """[S, D]: the (weighted) sum of each token's rows."""
+    if len(x_RD) == 0:  # nobody takes part
+        return x_RD.new_zeros(place_KS.shape[1], x_RD.shape[1])
+    first_S, *others = place_KS
+    sum_SD = x_RD.index_select(0, first_S)
+    if weight_SK is not None:
+        sum_SD.mul_(weight_SK[:, :1])
+    for k, place_S in enumerate(others, start=1):
+        own_SD = x_RD.index_select(0, place_S)
+        if weight_SK is None:
+            sum_SD.add_(own_SD)
+        else:
+            sum_SD.addcmul_(own_SD, weight_SK[:, k : k + 1])
+    return sum_SD
 
 
 class Experts(nn.Module):
@@ -252,18 +295,45 @@ class Experts(nn.Module):
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert, of which each expert has ``counts_E``, to rows."""
-        hidden_RF = self._linear(x_RD, self.expand, self.expand_bias, counts_E)
-        hidden_RF = ACTIVATIONS[self.activation](hidden_RF)
-        return self._linear(hidden_RF, self.contract, self.contract_bias, counts_E)
+        rows = Rows.of(counts_E, len(x_RD))
+        hidden_RF = ACTIVATIONS[self.activation](rows.linear(x_RD, self.expand, self.expand_bias))
+        return rows.linear(hidden_RF, self.contract, self.contract_bias)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows sorted by expert: where those of each expert end, int32, and whose each is."""
+
+    ends_E: Tensor
+    expert_R: Tensor
 
     @staticmethod
-    def _linear(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor, counts_E: Tensor) -> Tensor:
-        dtype = x_RI.dtype
-        if torch.is_autocast_enabled(x_RI.device.type):
-            dtype = torch.get_autocast_dtype(x_RI.device.type)
-        ends_E = counts_E.cumsum(0).to(torch.int32)
-        y_RO = F.grouped_mm(x_RI.to(dtype), weight_EOI.to(dtype).transpose(1, 2), offs=ends_E)
-        return y_RO + bias_EO.to(dtype).repeat_interleave(counts_E, dim=0, output_size=len(x_RI))
+    def of(counts_E: Tensor, rows: int) -> Rows:
+        """``rows``, the sum of the counts, is given, so that a GPU need not be waited for."""
+        number_E = torch.arange(len(counts_E), device=counts_E.device)
+        expert_R = number_E.repeat_interleave(counts_E, output_size=rows)
+        return Rows(counts_E.cumsum(0, dtype=torch.int32), expert_R)
+
+    def linear(self, x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor) -> Tensor:
+        """Each row times the matrix of its expert, plus its bias."""
+        dtype = arithmetic(x_RI)
+        y_RO = F.grouped_mm(x_RI.to(dtype), weight_EOI.to(dtype).transpose(1, 2), offs=self.ends_E)
+        return self.add_bias(y_RO, bias_EO.to(dtype), by_product=y_RO.is_cuda)
+
+    def add_bias(self, y_RO: Tensor, bias_EO: Tensor, *, by_product: bool) -> Tensor:
+        """In place. ``by_product`` gives the same as a matrix product, by which a GPU adds up the gradients of a bias.
+
+        Otherwise it would add row after row to few sums in bf16.
+        """
+        if by_product:
+            return y_RO.addmm_(one_hot(self.expert_R, len(bias_EO), y_RO.dtype), bias_EO)
+        return y_RO.add_(bias_EO.index_select(0, self.expert_R))
+
+
+def arithmetic(x: Tensor) -> torch.dtype:
+    """In which precision matrix products are done: that of autocast, or the tensor's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class SoftMoE(nn.Module):
@@ -290,14 +360,16 @@ class SoftMoE(nn.Module):
             real_S, real = None, len(x_SD)
         elif real is None:
             real = int(real_S.sum())
-        modality_MD = self.router.modality
-        if modality_MD is not None and self.config.modality_into_experts:
-            x_SD = x_SD + modality_MD[modality_S]
-        choice, routing = self.router(x_SD, modality_S, real_S)
-        self._record(routing)
+        if self.config.modality_into_experts:
+            x_SD = self.router.add_modality(x_SD, modality_S)
+        # Where there are gradients, whoever records or not: recomputing a block must do the same again.
+        count = self.routings is not None or torch.is_grad_enabled()
+        choice, routing = self.router(x_SD, modality_S, real_S, count=count)
+        if routing is not None:
+            self._record(routing)
         dispatch = Dispatch(choice.expert_SK, self.config.experts, real_S, real * self.config.top_k)
-        y_RD = self.experts(dispatch.rows(x_SD), dispatch.counts_E)
-        return dispatch.tokens(y_RD, choice.weight_SK)
+        rows_RD = dispatch.rows(x_SD.to(arithmetic(x_SD)))  # cast before there are K rows of each
+        return dispatch.tokens(self.experts(rows_RD, dispatch.counts_E), choice.weight_SK)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _record(self, routing: Routing) -> None:

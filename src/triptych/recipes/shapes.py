@@ -8,6 +8,7 @@ from triptych.data.transforms import HALF, Preprocessing
 from triptych.generation import BeamSearch
 from triptych.models import MODELS
 from triptych.objectives.alignment import AlignmentConfig
+from triptych.objectives.masked_signal import MaskedSignalConfig
 from triptych.objectives.pretraining import PretrainingConfig
 from triptych.objectives.ranking import RankingConfig
 from triptych.tasks.captioning import CaptioningConfig
@@ -144,3 +145,67 @@ def nlvr2_shapes_tiny() -> Recipe:
 def entailment_shapes_tiny() -> Recipe:
     """Hypotheses, three of a picture in a step, starting from :func:`vqa_shapes_tiny`; a minute."""
     return _finetuning("entailment_shapes_tiny", EntailmentConfig(per_picture=3), 300)
+
+
+# --- EVE ----------------------------------------------------------------------------------------------------------
+#
+# As in its paper everything starts from masked signals alone: what retrieves, answers or writes is trained afterwards.
+
+
+def _eve(name: str, recipe: Recipe, *, steps: int, lr: float, muon_lr: float, decoder_layers: int = 0) -> Recipe:
+    """The recipe of another network for EVE-tiny; with ``decoder_layers`` a model without a decoder is given one."""
+    return replace(
+        recipe,
+        name=name,
+        model=replace(MODELS["eve"].sizes["tiny"], decoder_layers=decoder_layers),
+        train=replace(recipe.train, steps=steps),
+        optim=replace(recipe.optim, lr=lr, muon_lr=muon_lr),
+    )
+
+
+def shapes_tiny_eve() -> Recipe:
+    """EVE-tiny pre-trained on Shapes as in its paper: hidden words and hidden patches, nothing else.
+
+    Command: ``python -m triptych.demo --model eve``, or that of :func:`shapes_tiny` with this recipe's name. Hardware:
+    two CPU cores. Expect: what ``benchmarks/results/tasks_eve.json`` holds, after fine-tuning.
+    """
+    recipe = _eve("shapes_tiny_eve", shapes_tiny(), steps=600, lr=8e-4, muon_lr=0.01)
+    return replace(recipe, objective=MaskedSignalConfig(image_ratio=0.75, text_ratio=0.5))
+
+
+def retrieval_shapes_tiny_eve() -> Recipe:
+    """ITC and ITM without a teacher, starting from :func:`shapes_tiny_eve`, which has learned neither."""
+    recipe = _eve("retrieval_shapes_tiny_eve", retrieval_shapes_tiny(), steps=600, lr=4e-4, muon_lr=0.004)
+    return replace(recipe, objective=AlignmentConfig(queue_size=0, momentum=None, alpha=0.0))
+
+
+def caption_shapes_tiny_eve() -> Recipe:
+    """Captions from the picture alone, by a decoder that :func:`shapes_tiny_eve` is given here."""
+    return _eve("caption_shapes_tiny_eve", caption_shapes_tiny(), steps=600, lr=8e-4, muon_lr=0.008, decoder_layers=2)
+
+
+def self_critical_shapes_tiny_eve() -> Recipe:
+    """Self-critical training, starting from :func:`caption_shapes_tiny_eve`."""
+    recipe = self_critical_shapes_tiny()
+    return _eve("self_critical_shapes_tiny_eve", recipe, steps=60, lr=2e-5, muon_lr=2e-4, decoder_layers=2)
+
+
+def vqa_shapes_tiny_eve() -> Recipe:
+    """Questions answered with one of the training data's answers, as in EVE's paper, from :func:`shapes_tiny_eve`."""
+    return _eve("vqa_shapes_tiny_eve", vqa_shapes_tiny_classify(), steps=900, lr=4e-4, muon_lr=0.004)
+
+
+def grounding_shapes_tiny_eve() -> Recipe:
+    """Phrases located by a decoder that writes coordinates, starting from :func:`vqa_shapes_tiny_eve`."""
+    recipe = grounding_shapes_tiny()
+    return _eve("grounding_shapes_tiny_eve", recipe, steps=600, lr=8e-4, muon_lr=0.008, decoder_layers=2)
+
+
+def nlvr2_shapes_tiny_eve() -> Recipe:
+    """Statements about two pictures in two passes, starting from :func:`vqa_shapes_tiny_eve`."""
+    return _eve("nlvr2_shapes_tiny_eve", nlvr2_shapes_tiny(), steps=400, lr=4e-4, muon_lr=0.004)
+
+
+def entailment_shapes_tiny_eve() -> Recipe:
+    """Hypotheses, three of a picture in a step, starting from :func:`vqa_shapes_tiny_eve`."""
+    return _eve("entailment_shapes_tiny_eve", entailment_shapes_tiny(), steps=300, lr=4e-4, muon_lr=0.004)

@@ -53,8 +53,9 @@ def cifar_base() -> Recipe:
             evaluate_every=steps_per_epoch,
         ),
         optim=OptimConfig(
-            lr=1e-3,
+            lr=1e-5,
             vision_lr=1e-5,
+            head_lr=1e-3,
             min_lr=0.0,
             warmup_lr=0.0,
             warmup_steps=int(0.06 * steps),

@@ -36,7 +36,8 @@ class OptimConfig:
         decay: which parameters get no weight decay: biases, norms and single vectors (``matrices``), or exactly what
             the official grouping spares (``official``): names with "bias" or "LayerNorm.weight", so that CLIP's norms,
             the class token, position tables and the temperature are decayed (mPLUG's optim/optim_factory.py:154-184),
-            and the norm in a classifier of a task (BridgeTower's meter_utils.py:269).
+            the norm in a classifier of a task (BridgeTower's meter_utils.py:269), and those of EVE's norms whose names
+            there end in a modality: of words, and before the feed-forward networks (ssyze/EVE optim.py).
         muon_lr: peak of Muon, which then takes the matrices of the layers; embeddings, convolutions, norms and biases
             stay with AdamW. From nothing it needs a fraction of AdamW's steps. ``None``, as the papers: AdamW alone.
         clip: gradient norm is cut to this; ``None`` for never (BridgeTower).
@@ -177,7 +178,8 @@ def _is_added(name: str) -> bool:
 def _decays(name: str, parameter: nn.Parameter, config: OptimConfig) -> bool:
     if config.decay == "matrices":
         return parameter.dim() > 1 and not (_is_added(name) or name.endswith("bias"))
-    decayed_norm = "vision." in name or "bridge." in name or name == "head.norm.weight"
+    decayed = ("vision.", "bridge.", "text_embeddings.", ".ffn.")
+    decayed_norm = any(part in name for part in decayed) or name == "head.norm.weight"
     spared_norm = name.endswith("norm.weight") and not decayed_norm
     return not (name.endswith("bias") or spared_norm)
 
