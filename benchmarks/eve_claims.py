@@ -10,12 +10,12 @@ a file under ``--folder``, and an interrupted training goes on.
 
 Groups: ``tasks`` (table 5), ``deep`` (tables 7 and 8), ``pretraining`` (table 6: contrast and matching), ``compute``
 (figure 1: several lengths). Budgets of pre-training: ``steps``, as many for all; ``time``, the time that EVE's steps
-take; ``operations``, their arithmetic. What a step costs is measured first, all kinds of step in turns, and kept; where
-two budgets give numbers of steps that differ by less than a twentieth, they are the same training.
+take; ``operations``, their arithmetic. What a step costs is measured first, all kinds of step in turns, and kept;
+where two budgets give numbers of steps that differ by less than a twentieth, they are the same training.
 
 An order of the paper "appears" where the mean difference over seeds, of pairs with equal seeds, is more than two
-standard errors above zero, and is "reversed" where it is as far below; else it is "open". Pictures: a dot a seed, a line
-at the mean, dashed EVE's; and scores against what pre-training took.
+standard errors above zero, and is "reversed" where it is as far below; else it is "open". Pictures: a dot a seed, a
+line at the mean, dashed EVE's; and scores against what pre-training took.
 """
 
 from __future__ import annotations

@@ -9,12 +9,17 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, Positional, arg
+
+from triptych.commands.data import data_arrow, data_check, data_shapes
+from triptych.commands.output import print_json, say
+from triptych.commands.scores import score_captions, score_nlvr2, score_vqa
+from triptych.metrics.files import read_texts
 
 if TYPE_CHECKING:
     from triptych.training.runs import Recipe
@@ -151,7 +156,7 @@ def _train(recipe: Recipe, folder: Path) -> None:
     with process_group() as process:
         run = run_recipe(recipe, folder, process)
         if process.leads:
-            _print_json(
+            print_json(
                 {
                     "folder": str(run.folder),
                     "model": str(run.model_folder) if run.outcome.finished else None,
@@ -220,13 +225,13 @@ def evaluate(
         frames=frames,
         frame_rule=frame_rule,
         frame_decoder=frame_decoder,
-        answers=None if answers is None else _read_texts(answers),
+        answers=None if answers is None else read_texts(answers),
     )
     report = predictor.evaluate(task, data, image_root, splits, limit=limit, blank=blank, fold=fold)
-    _print_json(report.scores)
+    print_json(report.scores)
     if predictions is not None:
         _write_predictions(task, report.predictions, predictions)
-        _say(f"wrote {len(report.predictions)} predictions to {predictions}")
+        say(f"wrote {len(report.predictions)} predictions to {predictions}")
 
 
 def compare(
@@ -264,7 +269,7 @@ def compare(
     source = open_source(data, image_root=image_root, splits=splits)
     training = open_source(training_data, image_root=image_root, splits=training_splits) if training_data else None
     with autocast(predictor.device, predictor.precision):
-        _print_json(run(predictor.task(task), source, training, limit=limit).to_dict())
+        print_json(run(predictor.task(task), source, training, limit=limit).to_dict())
 
 
 def _write_predictions(task: str, found: list[dict[str, Any]], path: Path) -> None:
@@ -279,67 +284,6 @@ def _write_predictions(task: str, found: list[dict[str, Any]], path: Path) -> No
         write_submission(found, path)
     else:
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-
-def score_captions(references: Path, predictions: Path, allow_missing: bool = False, java: bool = False) -> None:
-    """Score captions that any program wrote: BLEU, ROUGE-L and CIDEr, exactly as the field's scorer gives them.
-
-    Args:
-        references: COCO caption annotations.
-        predictions: COCO results: a list of {"image_id", "caption"}.
-        allow_missing: score only the pictures that have a prediction.
-        java: also METEOR and SPICE, which need the extra "java-metrics" and Java.
-    """
-    from triptych.metrics.captions import java_metrics, read_coco_references, read_coco_results, score_captions
-
-    expected, found = read_coco_references(references), read_coco_results(predictions)
-    scores = score_captions(expected, found, allow_missing=allow_missing)
-    if java:
-        scores |= java_metrics(expected, found)
-    else:
-        _say("METEOR and SPICE: not computed (--java computes them)")
-    _print_json(scores)
-
-
-def score_vqa(
-    questions: Path,
-    annotations: Path,
-    predictions: Path,
-    rules: Literal["2021", "2016"] = "2021",
-    by: Literal["answer_type", "question_type"] = "answer_type",
-    allow_missing: bool = False,
-) -> None:
-    """Score answers that any program wrote: VQA v2's accuracy in percent, exactly as its owners' scorer gives it.
-
-    Args:
-        questions: the official questions.
-        annotations: the official annotations with the human answers.
-        predictions: results: a list of {"question_id", "answer"}.
-        rules: of the official scorer since March 2021, or those that papers before it used.
-        by: what accuracies beside the overall one are given by.
-        allow_missing: score only the questions that have a prediction.
-    """
-    from triptych.metrics.vqa import read_vqa_annotations, read_vqa_questions, read_vqa_results, score_vqa
-
-    asked, expected = read_vqa_questions(questions), read_vqa_annotations(annotations)
-    unknown = {one.question_id for one in expected} - {one.question_id for one in asked}
-    if unknown:
-        raise ValueError(f"{annotations} answers question {min(unknown)}, which {questions} does not have")
-    found = read_vqa_results(predictions)
-    _print_json(score_vqa(expected, found, rules, by=by, allow_missing=allow_missing))
-
-
-def score_nlvr2(data: Path, predictions: Path) -> None:
-    """Score judgements that any program wrote: NLVR2's accuracy and consistency in percent, as its owners' script.
-
-    Args:
-        data: the official JSON lines.
-        predictions: lines "identifier,True" or "identifier,False".
-    """
-    from triptych.metrics.nlvr2 import read_nlvr2_labels, read_nlvr2_predictions
-    from triptych.metrics.nlvr2 import score_nlvr2 as run
-
-    _print_json(run(read_nlvr2_labels(data), read_nlvr2_predictions(predictions)))
 
 
 def score(command: Positional[Literal["captions", "vqa", "nlvr2"]]) -> None:
@@ -384,7 +328,7 @@ def predict(
     for number, answer in enumerate(ask(predictor, task, files, text)):
         if save is not None:
             answer["saved"] = str(_save_box(save, number, answer))
-        _print_json(answer)
+        print_json(answer)
 
 
 def _save_box(folder: Path, number: int, answer: Mapping[str, Any]) -> Path:
@@ -454,9 +398,9 @@ def reconstruct(
     found = run(predictor, pictures, ratio=ratio, seed=seed, against=against)
     for one in found:
         errors = [{"text": painting.text, "error": painting.error} for painting in one.paintings]
-        _print_json({"image": one.picture.name, **errors[0]} | ({"against": errors[1]} if errors[1:] else {}))
+        print_json({"image": one.picture.name, **errors[0]} | ({"against": errors[1]} if errors[1:] else {}))
     draw_sheet(found, against).save(out)
-    _say(f"wrote {out}")
+    say(f"wrote {out}")
 
 
 def experts(
@@ -497,10 +441,10 @@ def experts(
     console = Console(stderr=True)
     for layer in found.layers:
         console.print(table(layer))
-    _print_json(found.to_dict())
+    print_json(found.to_dict())
     if svg is not None:
         svg.write_text(draw(found.layers), encoding="utf-8")
-        _say(f"wrote {svg}")
+        say(f"wrote {svg}")
 
 
 def convert(
@@ -565,7 +509,7 @@ def convert(
     if (from_ is None) == (to is None):
         raise ValueError("give either --from or --to")
     report = run(source, folder, from_, options) if from_ else export(source, folder, str(to), options)
-    _say(str(report))
+    say(str(report))
     sys.stdout.write(report.to_json().rstrip() + "\n")
 
 
@@ -580,116 +524,10 @@ def verify(folder: Positional[Path], tolerance: float = 1e-4) -> None:
     from triptych.checkpoints.verify import verify as run
 
     checks = run(folder, tolerance)
-    _say(format_checks(checks, tolerance))
+    say(format_checks(checks, tolerance))
     sys.stdout.write(checks_to_json(checks).rstrip() + "\n")
     if not passed(checks):
         sys.exit(1)
-
-
-def data_shapes(
-    folder: Positional[Path],
-    train: int = 20_000,
-    test: int = 500,
-    compositions: int = 500,
-    size: int = 64,
-    max_objects: int = 3,
-    format: Literal["png", "jpg"] = "png",
-    clips: int = 0,
-    seed: int = 0,
-) -> None:
-    """Write the built-in world as tar shards: train, test and held-out compositions, two-picture statements, and clips.
-
-    Args:
-        folder: where to write.
-        train: training scenes.
-        test: scenes whose set of objects never occurs in training.
-        compositions: scenes with a pair of colour and shape that never occurs in training.
-        size: pixels of a side.
-        max_objects: objects in a scene, 1 to this many.
-        format: of the pictures.
-        clips: short videos of each split, with captions and questions; they need the extra "video".
-        seed: of the world.
-    """
-    from triptych.data.shapes import ShapesConfig, Split, write_shards, write_statements
-    from triptych.data.shapes_clips import write_clips
-
-    config = ShapesConfig(max_objects=max_objects)
-    counts = {Split.TRAIN: train, Split.TEST: test, Split.COMPOSITIONS: compositions}
-    written: dict[str, list[str]] = {}
-    for split, count in counts.items():
-        if count:
-            shards = write_shards(
-                folder, split, count, size=size, seed=seed, image_format=format, config=config, show_progress=True
-            )
-            written[str(split)] = [str(path) for path in shards]
-        if count > 1:
-            statements = write_statements(folder, split, count // 2, seed=seed, image_format=format, config=config)
-            written[str(split)].append(str(statements))
-        if count and clips:
-            files = write_clips(folder, split, clips, size=size, seed=seed, config=config, show_progress=True)
-            written[str(split)] += map(str, files)
-    _print_json(written)
-
-
-def data_check(
-    data: Positional[tuple[str, ...]],
-    image_root: str | None = None,
-    splits: tuple[str, ...] | None = None,
-    format: str | None = None,
-) -> None:
-    """Read a whole data set: what it is, how many samples, what is missing or broken, and a few of its texts.
-
-    Args:
-        data: as for training.
-        image_root: what the image paths of lists are relative to.
-        splits: of a file whose records name theirs.
-        format: what the files are, where their content does not tell.
-    """
-    from triptych.data.check import check
-
-    _print_json(check(data, image_root, splits, format))
-
-
-def data_arrow(
-    data: Positional[tuple[str, ...]],
-    table: Annotated[Path, arg(name="to")],
-    kind: Literal["captions", "vqa", "nlvr2", "snli"] = "captions",
-    image_root: str | None = None,
-    splits: tuple[str, ...] | None = None,
-    answers: Path | None = None,
-    split: str = "train",
-) -> None:
-    """Write a data set as an Arrow table in BridgeTower's layout. Needs the extra "arrow".
-
-    Args:
-        data: as for training.
-        table: the file to write.
-        kind: what the table holds.
-        image_root: what the image paths of lists are relative to.
-        splits: of a file whose records name theirs.
-        answers: for vqa, a JSON list of the answers that are classes, in their order.
-        split: what the column "split" says.
-    """
-    from triptych.data.arrow_writing import write_arrow
-    from triptych.data.sources import open_source
-    from triptych.metrics.vqa import normalize_answer
-
-    classes = None if answers is None else _read_texts(answers)
-    source = open_source(data, image_root=image_root, splits=splits)
-    total = source.count() if source.in_memory else None
-    written = write_arrow(source, table, kind, answers=classes, normalize=normalize_answer, split=split, total=total)
-    _print_json(asdict(written) | {"path": str(written.path)})
-
-
-def _read_texts(path: Path) -> list[str]:
-    """A JSON list of texts, or the keys of a JSON object."""
-    from triptych.metrics.files import read_json
-
-    values = read_json(path)
-    values = list(values) if isinstance(values, dict) else values
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{path} must be a JSON list of texts, or an object whose keys they are")
-    return values
 
 
 def data(command: Positional[Literal["shapes", "check", "arrow"]]) -> None:
@@ -738,7 +576,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if _is_fault(error):
             raise
-        _say(f"triptych: {error}")
+        say(f"triptych: {error}")
         sys.exit(2)
 
 
@@ -747,12 +585,3 @@ def _is_fault(error: Exception) -> bool:
     from triptych.training.loop import TrainingStopped
 
     return isinstance(error, RuntimeError) and not isinstance(error, TrainingStopped)
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-
-
-def _print_json(value: object) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()

@@ -21,3 +21,12 @@ def read_json(path: str | Path) -> Any:
         return json.loads(gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content)
     except (ValueError, OSError, EOFError, zlib.error, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from error
+
+
+def read_texts(path: Path) -> list[str]:
+    """A JSON list of texts, or the keys of a JSON object."""
+    values = read_json(path)
+    values = list(values) if isinstance(values, dict) else values
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{path} must be a JSON list of texts, or an object whose keys they are")
+    return values

@@ -167,7 +167,7 @@ def shapes_tiny_eve() -> Recipe:
     """EVE-tiny pre-trained on Shapes as in its paper: hidden words and hidden patches, nothing else.
 
     Command: ``python -m triptych.demo --model eve``, or that of :func:`shapes_tiny` with this recipe's name. Hardware:
-    two CPU cores. Expect: what ``benchmarks/results/tasks_eve.json`` holds, after fine-tuning.
+    two CPU cores. Expect: of the hidden half of the words 97 % right on training pictures at the end.
     """
     recipe = _eve("shapes_tiny_eve", shapes_tiny(), steps=600, lr=8e-4, muon_lr=0.01)
     return replace(recipe, objective=MaskedSignalConfig(image_ratio=0.75, text_ratio=0.5))
@@ -192,7 +192,7 @@ def self_critical_shapes_tiny_eve() -> Recipe:
 
 def vqa_shapes_tiny_eve() -> Recipe:
     """Questions answered with one of the training data's answers, as in EVE's paper, from :func:`shapes_tiny_eve`."""
-    return _eve("vqa_shapes_tiny_eve", vqa_shapes_tiny_classify(), steps=900, lr=4e-4, muon_lr=0.004)
+    return _eve("vqa_shapes_tiny_eve", vqa_shapes_tiny_classify(), steps=900, lr=8e-4, muon_lr=0.008)
 
 
 def grounding_shapes_tiny_eve() -> Recipe:
