@@ -97,7 +97,7 @@ def _dotted(panel: Panel, rows: Sequence[str], left: float, hue: Callable[[str],
     for mark in marks:
         parts.append(f'<line class="grid" x1="{x(mark):.1f}" x2="{x(mark):.1f}" y1="{_HEAD - 6}" y2="{bottom}"/>')
         parts.append(f'<text class="soft" x="{x(mark):.1f}" y="{bottom + 18}">{mark:g}</text>')
-    if panel.reference in panel.scores:
+    if panel.reference is not None and panel.reference in panel.scores:
         at, own = x(mean(panel.scores[panel.reference])), _stroke(hue(panel.reference))
         parts.append(f'<line class="base" {own} x1="{at:.1f}" x2="{at:.1f}" y1="{_HEAD - 6}" y2="{bottom}"/>')
     for line, name in enumerate(rows):

@@ -83,7 +83,8 @@ def compared(timings: Timings, batches: Mapping[str, int], name: str) -> Row:
         share = batches[BOTH] / batches[name]
         row["time"] = timings.ratio(name, BOTH) * share
         row["operations"] = flops / timings.works[BOTH].amount * share
-        row["paper"] = PAPER[name][1] / PAPER[BOTH][1] if name in PAPER else None
+        if name in PAPER:
+            row["paper"] = PAPER[name][1] / PAPER[BOTH][1]
     return row
 
 

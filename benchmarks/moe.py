@@ -83,6 +83,14 @@ class EinsumMoE(nn.Module):
     def __init__(self, layer: SoftMoE, capacity: float = CAPACITY) -> None:
         super().__init__()
         self.router, self.experts, self.config, self.capacity = layer.router, layer.experts, layer.config, capacity
+        self.routings = None
+
+    def mix(self, *args: Any) -> tuple[Tensor, None]:
+        """As :meth:`SoftMoE.mix`, with nothing to record."""
+        return self(*args), None
+
+    def record(self, routing: None) -> None:
+        """Nothing."""
 
     def forward(
         self, x_SD: Tensor, modality_S: Tensor, real_S: Tensor | None = None, real: int | None = None
@@ -345,7 +353,7 @@ def time(sides: dict[str, nn.Module], inputs: Inputs, precision: Precision, back
         call = waited_for(Pass(side, inputs, precision, backward), bench.device)
         works[name] = Work(call, count_flops(call))
         if bench.compile:
-            compiled = torch.compile(side, dynamic=False)
+            compiled: Any = torch.compile(side, dynamic=False)
             works[f"{name}, compiled"] = replace(
                 works[name], call=waited_for(Pass(compiled, inputs, precision, backward), bench.device)
             )
@@ -390,7 +398,7 @@ def rows_of(
 
 @torch.no_grad()
 def load_of(side: nn.Module, inputs: Inputs) -> dict[str, float]:
-    """How evenly the tokens are spread over our experts, and what the einsum dispatch drops of them."""
+    """How evenly the tokens are spread over our experts, and what share the einsum dispatch drops, without padding."""
     assert isinstance(side, SoftMoE)
     with record_routing(side) as routings:
         side(inputs.x_SD, inputs.modality_S, inputs.real_S, inputs.real)

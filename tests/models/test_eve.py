@@ -4,6 +4,7 @@ Shape legend: B batch, N image tokens, L text tokens, K visible patches, P patch
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,15 @@ from triptych.models.eve import (
     hide_patches,
     sine_positions,
 )
+from triptych.models.layers import record_attention
 from triptych.models.moe import MoEConfig, record_routing
-from triptych.models.protocol import Encoded
+from triptych.models.protocol import Encoded, Part
 from triptych.models.text import TextConfig
 from triptych.models.vision import VisionConfig
 
 
-def config(**sizes: Any) -> EveConfig:
-    vision = VisionConfig(32, layers=3, heads=2, patch=8, image_size=32, layer_norm_eps=1e-6, interpolation="bicubic")
+def config(layers: int = 3, **sizes: Any) -> EveConfig:
+    vision = VisionConfig(32, layers, heads=2, patch=8, image_size=32, layer_norm_eps=1e-6, interpolation="bicubic")
     text = TextConfig(vocab_size=61, width=32, heads=2, ffn=48, max_positions=24, layer_norm_eps=1e-6)
     sizes = {"embed_dim": 16, "pixel_decoder": PixelDecoderConfig(16, layers=1, heads=2), **sizes}
     return EveConfig(vision, text, **{"moe": MoEConfig(experts=4), **sizes})
@@ -93,6 +95,15 @@ def test_the_kinds_of_blocks() -> None:
 def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"width": 18}, "must be a multiple of 4, not 18"), ({"layers": 0}, "needs at least one layer, not 0")],
+)
+def test_settings_of_the_pixel_decoder_that_cannot_be(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PixelDecoderConfig(**changes)
 
 
 def test_one_width() -> None:
@@ -275,30 +286,126 @@ def test_initial_numbers_are_cut_off() -> None:
             )  # of a normal cut at one sigma
 
 
-def test_one_modality_trains_its_own_experts_alone() -> None:
-    """A parameter trains where it gets a gradient, and nowhere else."""
-    model = eve(deep="hard")
+READERS: tuple[tuple[Part, ...], ...] = (
+    ("pooled",),
+    ("fused_image",),
+    ("decoder",),
+    ("pixels",),
+    ("masked",),
+    ("masked", "pixels"),
+    ("pooled", "matching", "pixels"),
+    ("embedding", "pixels"),
+    ("embedding", "masked", "pixels", "pooled", "matching"),
+    ("pooled", "embedding", "matching", "masked", "decoder"),
+)
+"""What tasks and objectives read of fused states."""
+
+
+@pytest.mark.parametrize(
+    "used",
+    [("image",), ("text",), ("image", "decoder"), *(("image", "text", "fusion", *readers) for readers in READERS)],
+    ids="-".join,
+)
+@pytest.mark.parametrize("kind", ["soft", "hard", "shared", "cross_attention"])
+def test_what_gets_a_gradient_is_trained_and_nothing_else(used: tuple[Part, ...], kind: str) -> None:
+    decoder = PixelDecoderConfig(16, layers=1, heads=2, cross_attention=kind == "cross_attention")
+    deep: Any = "hard" if kind == "cross_attention" else kind
+    model = eve(deep=deep, decoder_layers=1, pixel_decoder=decoder)
+    reading(model, used).backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    model.train_only(*used)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == with_gradient
+
+
+def reading(model: Eve, used: tuple[Part, ...]) -> Tensor:
+    """A number that depends on all that these uses read."""
     pixels, text = pair(model)
-    model.train_only("image", "fused_image")
-    model.image_states(model.encode_image(pixels)).hidden_BLD.square().sum().backward()
-    assert_trains_what_has_gradients(model)
-    model.zero_grad()
-    model.train_only("text")
-    model.text_states(text).hidden_BLD.square().sum()
-    states = model.text_states(model.encode_text(torch.randint(1, 60, (2, 6)), text.mask_BL))
-    states.hidden_BLD.square().sum().backward()
-    assert_trains_what_has_gradients(model)
-    model.zero_grad()
-    model.train_only("image", "text", "fusion", "masked")
-    fused = model.fuse(model.encode_image(pixels), model.encode_text(torch.randint(1, 60, (2, 6)), text.mask_BL))
-    model.masked_logits(fused.text_BLD).square().sum().backward()
-    assert_trains_what_has_gradients(model)
+    ids_BL = torch.randint(1, 60, (2, 6))
+    image = model.encode_image(pixels)
+    if used == ("image",):
+        return model.image_states(image).hidden_BLD.square().sum()
+    if used == ("text",):
+        return model.text_states(text).hidden_BLD.square().sum()
+    assert model.decoder is not None
+    if used == ("image", "decoder"):
+        return model.decoder.logits(model.decoder(ids_BL, model.image_states(image))).square().sum()
+    fused = model.fuse(image, text)
+    found = []
+    if "embedding" in used:
+        found.append(model.embed_image(image) @ model.embed_text(text).T / model.temperature)
+    if "pooled" in used:
+        found.append(fused.pooled_BP)
+    if "matching" in used:
+        found.append(model.match_logits(fused.pooled_BP))
+    if "masked" in used:
+        found.append(model.masked_logits(fused.text_BLD))
+    if "fused_image" in used:
+        found.append(fused.states().hidden_BLD)
+    if "decoder" in used:
+        found.append(model.decoder.logits(model.decoder(ids_BL, fused.states())))
+    if "pixels" in used:
+        kept_BK = torch.tensor([[0, 5, 9], [2, 3, 11]])
+        found.append(model.paint(model.fuse(model.encode_visible(pixels, kept_BK), text), kept_BK, (4, 4)))
+    return torch.stack([value.square().sum() for value in found]).sum()
 
 
-def assert_trains_what_has_gradients(model: Eve) -> None:
-    for name, parameter in model.named_parameters():
-        has = parameter.grad is not None and bool(parameter.grad.any())
-        assert parameter.requires_grad == has, name
+class Rows(nn.Module):
+    """Remembers how many rows the experts of a block are given."""
+
+    def __init__(self, model: Eve, block: int) -> None:
+        super().__init__()
+        ffn = model.network.blocks[block].ffn
+        assert isinstance(ffn, SoftRouter)
+        self.found: list[int] = []
+        ffn.moe.experts.register_forward_pre_hook(lambda _, args: self.found.append(len(args[0])))
+
+
+def test_who_wants_one_state_has_one_computed_by_the_last_block() -> None:
+    """Of 17 patches and 6 and 4 words, with 2 experts each; unless somebody looks at the others."""
+    model = eve()
+    pixels, text = pair(model)
+    image = model.encode_image(pixels)
+    clip = model.encode_image(torch.stack([pixels, pixels.flip(0)], dim=1))
+    below, last = Rows(model, -2), Rows(model, -1)
+
+    def given(call: Callable[[], Tensor]) -> tuple[int, int]:
+        below.found.clear(), last.found.clear()
+        call()
+        return below.found[-1], last.found[-1]
+
+    both = 2 * (2 * 17 + 6 + 4)
+    assert given(lambda: model.pool(image, text)) == (both, 4)
+    assert given(lambda: model.pool(image, text, torch.tensor([1, 1]))) == (both, 4)
+    assert given(lambda: model.embed_image(image)) == (2 * 2 * 17, 4)
+    assert given(lambda: model.embed_image(clip)) == (2 * 4 * 17, 8)
+    assert given(lambda: model.embed_text(text)) == (20, 4)
+    assert given(lambda: model.fuse(image, text).pooled_BP) == (both, both)
+    with record_routing(model):
+        assert given(lambda: model.pool(image, text)) == (both, both)
+    with record_attention(model):
+        assert given(lambda: model.pool(image, text)) == (both, both)
+    assert given(lambda: model.train().pool(image, text)) == (both, both)
+    full = eve(moe=MoEConfig(experts=4, capacity=1.0))
+    last = Rows(full, -1)
+    full.pool(image, text)
+    assert last.found == [both]  # tokens compete for room
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard", "shared"])
+def test_the_state_of_one_is_that_among_all(kind: Any) -> None:
+    model = eve(deep=kind)
+    pixels, text = pair(model)
+    image = model.encode_image(pixels)
+    clip = model.encode_image(torch.stack([pixels, pixels.flip(0)], dim=1))
+    padded = model.encode_image(pixels).pad(20)
+    for picture in (image, clip, padded):
+        expected = model.fuse(picture, text).text_BLD[:, 0]
+        torch.testing.assert_close(model.pool(picture, text), expected, rtol=1e-4, atol=1e-5)
+        states = model.image_states(picture).mean_frame().hidden_BLD[:, 0]
+        expected = nn.functional.normalize(model.image_projection(states), dim=-1)
+        torch.testing.assert_close(model.embed_image(picture), expected, rtol=1e-4, atol=1e-5)
+    expected = nn.functional.normalize(model.text_projection(model.text_states(text).hidden_BLD[:, 0]), dim=-1)
+    torch.testing.assert_close(model.embed_text(text), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_decoder_can_be_added() -> None:
@@ -313,7 +420,7 @@ def test_a_decoder_can_be_added() -> None:
 
 def test_recomputing_and_compiling_together() -> None:
     """Recording what routers decide must not change what a compiled block keeps for its backward pass."""
-    model = eve(pixel_decoder=None)
+    model = eve(layers=2, deep_layers=1, pixel_decoder=None)
     pixels, text = pair(model)
 
     def gradients(*, recompute: bool) -> dict[str, Tensor]:
@@ -326,8 +433,7 @@ def test_recomputing_and_compiling_together() -> None:
         return {name: p.grad.clone() for name, p in model.network.named_parameters() if p.grad is not None}
 
     expected = gradients(recompute=False)
-    for block in model.network.blocks:
-        block.compile(dynamic=True, backend="aot_eager")
+    model.network.blocks[-1].compile(dynamic=True, fullgraph=True, backend="aot_eager")
     found = gradients(recompute=True)
     assert found.keys() == expected.keys()
     for name, value in expected.items():

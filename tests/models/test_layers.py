@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from triptych.models.layers import Attention, PostNormBlock, PreNormBlock, init_weights, record_attention
+from triptych.models.layers import (
+    Attention,
+    KeyValueCache,
+    PostNormBlock,
+    PreNormBlock,
+    init_weights,
+    record_attention,
+)
 from triptych.models.protocol import Encoded
 
 B, L, M, D, H = 3, 4, 6, 16, 2
@@ -198,6 +205,38 @@ def test_one_query_without_keys_and_values(masked: bool) -> None:
         strict=True,
     ):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("memory_width", [D, 10])
+def test_keys_without_a_bias_are_keys_with_a_bias_of_zero(explicit: bool, memory_width: int) -> None:
+    """In every way to call it; values have their own bias, which gets the gradient that it would have there."""
+    plain, bare = Attention(D, H, memory_width=memory_width), Attention(D, H, memory_width=memory_width, key_bias=False)
+    assert "key_value.bias" not in dict(bare.named_parameters())
+    with torch.no_grad():
+        for parameter in bare.parameters():
+            parameter.normal_()
+        same = {name: value for name, value in bare.state_dict().items() if name != "value_bias"}
+        assert bare.value_bias is not None
+        plain.load_state_dict({**same, "key_value.bias": torch.cat([torch.zeros(D), bare.value_bias])})
+    x_BLD, memory_BMD = torch.randn(B, L, D), torch.randn(B, M, memory_width)
+    mask_BM = torch.arange(M) < torch.tensor([6, 3, 1])[:, None]
+
+    def found(module: Attention) -> list[Tensor]:
+        module.explicit = explicit
+        outs = [
+            module(x_BLD, memory_BMD, mask_BM),
+            module(x_BLD, module.remember(memory_BMD, mask_BM)),
+            module.first(x_BLD[:, :1], memory_BMD, mask_BM),
+        ]
+        if memory_width == D:
+            outs.append(module(x_BLD, causal=True, cache=KeyValueCache(L)))
+        bias = module.key_value.bias if module.value_bias is None else module.value_bias
+        (grad,) = torch.autograd.grad(torch.stack([out.square().sum() for out in outs]).sum(), bias)
+        return [*outs, grad[-D:]]
+
+    for value, expected in zip(found(bare), found(plain), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_one_query_is_recorded_as_any() -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from triptych.models.layers import quick_gelu_
-from triptych.models.moe import Dispatch, MoEConfig, SoftMoE, record_routing
+from triptych.models.moe import Dispatch, MoEConfig, Rows, SoftMoE, record_routing
 
 D, HIDDEN, S = 16, 24, 14
 
@@ -227,6 +227,41 @@ def test_capacity_is_that_of_a_queue(top_k: int, modality_S: Tensor, real_S: Ten
         dropped = float(((1 - kept) * counts[:, None]).sum())
         assert routing.dropped == dropped
         assert dropped > 0
+
+
+def test_the_same_again(tokens: Tensor, modality_S: Tensor, real_S: Tensor) -> None:
+    moe = layer()
+    first, second = (values_and_gradients(moe, tokens, lambda x: moe(x, modality_S, real_S)) for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_without_gradients_it_counts_only_for_those_who_ask(tokens: Tensor, modality_S: Tensor, real_S: Tensor) -> None:
+    moe = layer(capacity=0.3)
+    expected = moe(tokens, modality_S, real_S)
+    with record_routing(moe) as with_gradients:
+        moe(tokens, modality_S, real_S)
+    with torch.no_grad():
+        assert torch.equal(moe(tokens, modality_S, real_S), expected)
+        with record_routing(moe) as found:
+            moe(tokens, modality_S, real_S)
+    for name, value in vars(with_gradients[""][0]).items():
+        assert torch.equal(getattr(found[""][0], name), value), name
+    assert with_gradients[""][0].dropped > 0
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 4], [0, 0, 1], [0, 0, 0]])
+def test_both_ways_to_add_a_bias_are_the_same(counts: list[int]) -> None:
+    """That of a GPU, too."""
+    rows = Rows.of(torch.tensor(counts), sum(counts))
+    assert rows.ends_E.tolist() == torch.tensor(counts).cumsum(0).tolist()
+    y_RO, bias_EO = torch.randn(sum(counts), 5), torch.randn(3, 5, requires_grad=True)
+    found = []
+    for by_product in (False, True):
+        out_RO = rows.add_bias(y_RO.clone(), bias_EO, by_product=by_product)
+        (grad,) = torch.autograd.grad((out_RO * torch.linspace(-1, 1, out_RO.numel()).view_as(out_RO)).sum(), bias_EO)
+        found.append((out_RO.detach(), grad))
+    torch.testing.assert_close(found[0], found[1])
+    assert torch.equal(found[0][0], y_RO + bias_EO.detach()[rows.expert_R])
 
 
 @pytest.mark.parametrize("how", ["weights", "autocast"])

@@ -96,6 +96,39 @@ def test_beside_a_task() -> None:
     assert all(p.grad is None for p in task.model["moe"].experts.parameters())
 
 
+def test_without_weight_the_load_is_measured_all_the_same() -> None:
+    task, batch = Thing(), torch.randn(12, 8)
+    balanced = Balanced(task, BalanceConfig(weight=0))
+    assert list(balanced(batch)) == ["loss"]
+    assert {"right", "busiest", "idle"} == balanced.measures.keys()
+
+
+def test_a_task_whose_router_was_not_called() -> None:
+    task = Thing()
+    task.forward = lambda batch, step, part: {"loss": batch.sum()}  # type: ignore[method-assign]
+    balanced = Balanced(task, BalanceConfig())
+    assert list(balanced(torch.randn(12, 8))) == ["loss"]
+    assert balanced.measures.keys() == {"right"}
+
+
+def test_padding_and_dropping() -> None:
+    """Padding is in no sum; choices that are dropped count for the loss, and are measured per token."""
+    task, real_S = Thing(), torch.tensor([True] * 7 + [False] * 5)
+    moe: Any = task.model["moe"]
+    moe.config = moe.router.config = MoEConfig(experts=4, capacity=0.01)  # room for four of each
+    x_SD, modality_S = torch.randn(12, 8), torch.zeros(12, dtype=torch.long)
+    with record_routing(task) as padded:
+        moe(x_SD, modality_S, real_S)
+    with record_routing(task) as alone:
+        moe(x_SD[:7], modality_S[:7])
+    torch.testing.assert_close(balance_loss(padded), balance_loss(alone))
+    measures = load_measures(padded)
+    assert measures["dropped"] > 0
+    count_E = padded["model.moe"][0].chosen_ME.sum(0)
+    torch.testing.assert_close(measures["dropped"], (count_E - 4).clamp(min=0).sum() / 7)
+    assert measures.keys() == {"busiest", "idle", "dropped"}
+
+
 def test_a_step_towards_the_loss_evens_the_load() -> None:
     task, batch = Thing(), torch.randn(200, 8)
     optimizer = torch.optim.SGD(task.parameters(), lr=0.5)

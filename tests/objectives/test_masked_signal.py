@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from triptych.data.batches import PretrainingBatch
 from triptych.models import MODELS, build
 from triptych.models.eve import Eve, EveConfig, HardRouter, PixelDecoderConfig
-from triptych.models.moe import MoEConfig, SoftMoE
+from triptych.models.moe import MoEConfig, Router
 from triptych.models.protocol import Fused
 from triptych.models.text import TextConfig
 from triptych.models.vision import VisionConfig
@@ -237,14 +237,14 @@ def test_the_passes(
     task, batch = objective(eve(), corruption="mask", **settings), batch_of(REPEATED)
     network = task.model.network
     assert isinstance(network.blocks[0].ffn, HardRouter)
-    (soft,) = (module for module in network.modules() if isinstance(module, SoftMoE))
+    (router,) = (module for module in network.modules() if isinstance(module, Router))
     images: list[int] = []
     texts: list[int] = []
     tagged: list[Tensor] = []
     embedded: list[Tensor] = []
     network.register_forward_pre_hook(lambda _, args: images.append(args[1]))
     network.blocks[0].ffn.text.register_forward_pre_hook(lambda _, args: texts.append(args[0].shape[1]))
-    soft.register_forward_pre_hook(lambda _, args: tagged.append(args[1]))
+    router.register_forward_pre_hook(lambda _, args: tagged.append(args[1]))
     task.model.text_embeddings.register_forward_pre_hook(lambda _, args: embedded.append(args[0]))
     task(batch, 3)
     B, L = batch.text.ids_BL.shape

@@ -29,6 +29,7 @@ from triptych.models.protocol import Encoded
 from triptych.models.text import TextConfig, pad_ids
 from triptych.models.vision import VisionConfig
 from triptych.objectives.alignment import Alignment, AlignmentConfig, Contrast, OfficialBehaviour, Pairs
+from triptych.objectives.balance import BalanceConfig, Balanced
 from triptych.objectives.distributed import (
     StepNoise,
     gather_encoded,
@@ -155,19 +156,19 @@ def parallel(task: nn.Module) -> nn.Module:
     return DistributedDataParallel(task, broadcast_buffers=False) if world_size() > 1 else task
 
 
-def train(task: Alignment, batches: list[ImageTextBatch]) -> dict[str, Any]:
+def train(task: Alignment | Balanced, batches: list[ImageTextBatch]) -> dict[str, Any]:
     """Two steps of plain gradient descent: losses and gradients of each, and the state afterwards."""
     module = parallel(task.train())
     steps = []
     for number, batch in enumerate(batches):
         losses = module(batch, 8 + number)
         sum(losses.values()).backward()  # type: ignore[union-attr]
-        grads = {name: p.grad.clone() for name, p in task.model.named_parameters() if p.grad is not None}
+        grads = {name: p.grad.clone() for name, p in task.kept.named_parameters() if p.grad is not None}
         steps.append({"losses": {name: loss.detach() for name, loss in losses.items()}, "grads": grads})
         if isinstance(task, Counting):
             steps[-1]["masked"] = task.masked
         with torch.no_grad():
-            for parameter in task.model.parameters():
+            for parameter in task.kept.parameters():
                 if parameter.grad is not None:
                     parameter -= 0.05 * parameter.grad
         task.zero_grad(set_to_none=True)
@@ -206,6 +207,15 @@ def masked_signal(**changes: Any) -> dict[str, Any]:
     task = MaskedSignal(tiny_eve(), config, ids, mean=MEAN, std=STD, seed=3)
     scores = task.evaluate([whole_batch(0), whole_batch(1)]) if rank() == 0 else {}
     return {"scores": scores, **train(task, [own_part(whole_batch(step)) for step in range(2)])}
+
+
+def balanced(**changes: Any) -> dict[str, Any]:
+    """With a weight that its gradients cannot be overlooked by."""
+    ids = TextIds(PAD, MASK, (PAD, CLS, SEP), VOCAB)
+    task = MaskedSignal(tiny_eve(), MaskedSignalConfig(), ids, mean=MEAN, std=STD, seed=3)
+    return train(
+        Balanced(task, BalanceConfig(weight=5.0, **changes)), [own_part(whole_batch(step)) for step in range(2)]
+    )
 
 
 def gathering() -> dict[str, Any]:
@@ -292,6 +302,8 @@ def work(folder: Path, world: int, number: int) -> None:
         "masked_signal_simultaneous": masked_signal(passes="simultaneous", image_ratio=0.5, corruption="mask"),
         "masked_signal_hard": masked_signal(contrast="itc", matching="hard", normalise_pixels=True),
         "masked_signal_random": masked_signal(matching="random"),
+        "balanced": balanced(),
+        "balanced_all": balanced(fractions="all"),
         "masked_signal_local": masked_signal(contrast="itc", matching="hard", negatives="local"),
         "gathering": gathering(),
         "means": means(),
@@ -344,9 +356,12 @@ MASKED_MATCHING = ["masked_matching", "masked_matching_hard", "masked_matching_t
 
 
 MASKED_SIGNAL = [f"masked_signal{name}" for name in ("", "_simultaneous", "_hard", "_random")]
+BALANCED = ["balanced", "balanced_all"]
 
 
-@pytest.mark.parametrize("task", ["skip", "asymmetric", "alignment", "alone", *MASKED_MATCHING, *MASKED_SIGNAL])
+@pytest.mark.parametrize(
+    "task", ["skip", "asymmetric", "alignment", "alone", *MASKED_MATCHING, *MASKED_SIGNAL, *BALANCED]
+)
 @pytest.mark.parametrize("step", [0, 1])
 def test_losses_and_gradients_are_those_of_the_whole_batch(task: str, step: int, results: Results) -> None:
     """DDP is told of no unused parameters; the second step would fail if there were any."""

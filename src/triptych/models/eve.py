@@ -14,7 +14,7 @@ Y numbers of a patch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, cast, get_args
 
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from triptych.models.layers import Attention, FeedForward, PreNormBlock, run_block
-from triptych.models.moe import MoEConfig, SoftMoE
+from triptych.models.moe import MoEConfig, Routing, SoftMoE
 from triptych.models.protocol import Encoded, Fused, Part, VisionLanguageModel
 from triptych.models.text import MaskedLanguageHead, TextConfig, TextDecoder
 from triptych.models.vision import ConvolutionStem, VisionConfig, resize_positions
@@ -38,6 +38,7 @@ class PixelDecoderConfig:
     """Sizes of the decoder of masked image modelling; the paper calls it lightweight, these are MAE's.
 
     Attributes:
+        width: a multiple of 4, for the sines and cosines of two axes.
         cross_attention: its blocks also attend to the text's states, which the released code tried.
     """
 
@@ -45,6 +46,12 @@ class PixelDecoderConfig:
     layers: int = 8
     heads: int = 16
     cross_attention: bool = False
+
+    def __post_init__(self) -> None:
+        if self.width < 4 or self.width % 4:
+            raise ValueError(f"the width of the pixel decoder must be a multiple of 4, not {self.width}")
+        if self.layers < 1:
+            raise ValueError(f"the pixel decoder needs at least one layer, not {self.layers}")
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,10 @@ class Layout:
         modality_T = (torch.arange(self.image + self.text, device=device) >= self.image).long()
         return modality_T.repeat(batch)
 
+    def of(self, token: int) -> Layout:
+        """That of one token alone, which must be a real one."""
+        return Layout(1, 0, None, None) if token < self.image else Layout(0, 1, None, None)
+
 
 class SharedFeedForward(nn.Module):
     """One norm and network for all tokens."""
@@ -161,11 +172,12 @@ class SoftRouter(nn.Module):
         self.norm = nn.LayerNorm(vision.width, eps=vision.layer_norm_eps)
         self.moe = SoftMoE(vision.width, config.text.ffn, moe, vision.activation)
 
-    def forward(self, x_BTD: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x_BTD: Tensor, layout: Layout) -> tuple[Tensor, Routing | None]:
+        """The tokens, and what :meth:`SoftMoE.record` wants."""
         modality_S = layout.modality_S(len(x_BTD), x_BTD.device)
         real_S = None if layout.mask_BT is None else layout.mask_BT.flatten()
-        y_SD = self.moe(self.norm(x_BTD).flatten(0, 1), modality_S, real_S, layout.real)
-        return y_SD.view(x_BTD.shape[0], x_BTD.shape[1], -1)
+        y_SD, routing = self.moe.mix(self.norm(x_BTD).flatten(0, 1), modality_S, real_S, layout.real)
+        return y_SD.view(x_BTD.shape[0], x_BTD.shape[1], -1), routing
 
 
 class EveBlock(nn.Module):
@@ -188,10 +200,33 @@ class EveBlock(nn.Module):
             self.ffn = HardRouter(config) if kind == "hard" else SharedFeedForward(config)
         self.drop_path = StochasticDepth(drop_path, "row")
 
-    def forward(self, x_BTD: Tensor, layout: Layout) -> Tensor:
-        attended_BTD = self.attention(self.attention_norm(x_BTD), mask=layout.mask_BT)
+    @property
+    def observed(self) -> bool:
+        """Whether what it does with each token matters beyond the states that the caller asks for."""
+        moe = self.ffn.moe if isinstance(self.ffn, SoftRouter) else None
+        shares = moe is not None and (moe.routings is not None or moe.config.capacity is not None)
+        return self.training or self.attention.explicit or shares
+
+    def forward(self, x_BTD: Tensor, layout: Layout, token: int | None = None) -> tuple[Tensor, Routing | None]:
+        """States, and what :meth:`record` wants; ``token`` asks for the state of that one alone, [B, 1, D]."""
+        normed_BTD = self.attention_norm(x_BTD)
+        if token is None:
+            attended_BTD = self.attention(normed_BTD, mask=layout.mask_BT)
+        else:
+            own = slice(token, token + 1)
+            attended_BTD = self.attention.first(normed_BTD[:, own], normed_BTD, layout.mask_BT)
+            x_BTD, layout = x_BTD[:, own], layout.of(token)
         x_BTD = x_BTD + self.drop_path(self.attention_scale * attended_BTD)
-        return x_BTD + self.drop_path(self.ffn_scale * self.ffn(x_BTD, layout))
+        if isinstance(self.ffn, SoftRouter):
+            y_BTD, routing = self.ffn(x_BTD, layout)
+        else:
+            y_BTD, routing = self.ffn(x_BTD, layout), None
+        return x_BTD + self.drop_path(self.ffn_scale * y_BTD), routing
+
+    def record(self, routing: Routing | None) -> None:
+        """Tell whoever wants to know what the router decided."""
+        if isinstance(self.ffn, SoftRouter):
+            self.ffn.moe.record(routing)
 
 
 class UnifiedTransformer(nn.Module):
@@ -215,15 +250,22 @@ class UnifiedTransformer(nn.Module):
         self.counts_padding = any(kind == "soft" for kind in kinds) and not config.moe.route_padding
         self.checkpointing = False
 
-    def forward(self, x_BTD: Tensor, image: int, mask_BT: Tensor | None = None) -> Tensor:
-        """States [B, T, D] of tokens of which the first ``image`` are a picture's."""
+    def forward(self, x_BTD: Tensor, image: int, mask_BT: Tensor | None = None, token: int | None = None) -> Tensor:
+        """States [B, T, D] of tokens of which the first ``image`` are a picture's; or of one ``token``, [B, 1, D].
+
+        Where nobody looks at the others, the last block, with all its experts, computes that one alone.
+        """
         real = None
         if mask_BT is not None and self.counts_padding:
             real = int(mask_BT.sum())
         layout = Layout(image, x_BTD.shape[1] - image, mask_BT, real)
         x_BTD = self.pre_norm(x_BTD)
-        for block in self.blocks:
-            x_BTD = run_block(block, x_BTD, layout, checkpointing=self.checkpointing)
+        for number, block in enumerate(cast(Iterable[EveBlock], self.blocks), start=1):
+            alone = token if number == len(self.blocks) and not block.observed else None
+            x_BTD, routing = run_block(block, x_BTD, layout, alone, checkpointing=self.checkpointing)
+            block.record(routing)
+        if token is not None and alone is None:
+            x_BTD = x_BTD[:, token : token + 1]
         return self.norm(x_BTD)
 
 
@@ -372,6 +414,11 @@ def sine_positions(grid: tuple[int, int], width: int, like: Tensor) -> Tensor:
     return torch.cat([columns_PD, rows_PD], dim=1).to(like.dtype)
 
 
+_READ_IMAGE = frozenset[Part](("embedding", "fused_image", "decoder", "pixels"))
+_READ_TEXT = frozenset[Part](("embedding", "fused_image", "decoder", "pooled", "matching", "masked"))
+"""Who reads the final states of a modality; texts are read anyway, except where pictures are painted."""
+
+
 class Eve(VisionLanguageModel):
     """One Transformer for pictures, for texts, and for both."""
 
@@ -416,17 +463,26 @@ class Eve(VisionLanguageModel):
             self.image_embeddings.patch_embedding.reset_parameters()
 
     def train_only(self, *used: Part) -> None:
-        """As everywhere; and what only the tokens of a modality run through is trained where that modality is seen."""
+        """As everywhere; and what only the tokens of a modality run through is trained where that modality is seen.
+
+        In the last block that is where somebody reads the states of its tokens.
+        """
         super().train_only(*used)
-        for modality in cast(tuple[Modality, ...], get_args(Modality)):
-            routers = [block.ffn for block in self.network.blocks if isinstance(block.ffn, HardRouter)]
-            if modality not in used:
-                for router in routers:
-                    getattr(router, modality).requires_grad_(False)
-        reads_image = {"embedding", "fused_image", "decoder", "pixels"} & set(used) or "fusion" not in used
-        last = self.network.blocks[-1].ffn
-        if isinstance(last, HardRouter) and not reads_image:
-            last.image.requires_grad_(False)
+        seen: dict[Modality, bool] = {"image": "image" in used, "text": "text" in used}
+        for block in self.network.blocks:
+            self._freeze_unseen(block.ffn, seen)
+        if "fusion" in used:
+            painting = self.config.pixel_decoder
+            reads_text = painting is not None and painting.cross_attention
+            unread = {"pixels"} & set(used) and not (_READ_TEXT & set(used) or reads_text)
+            seen = {"image": bool(_READ_IMAGE & set(used)), "text": not unread}
+            self._freeze_unseen(self.network.blocks[-1].ffn, seen)
+
+    @staticmethod
+    def _freeze_unseen(ffn: nn.Module | Tensor, seen: Mapping[Modality, bool]) -> None:
+        for modality in get_args(Modality):
+            if isinstance(ffn, HardRouter) and not seen[modality]:
+                getattr(ffn, modality).requires_grad_(False)
 
     def resize_images(self, image_size: int) -> None:
         self.image_embeddings.resize(image_size)
@@ -453,11 +509,15 @@ class Eve(VisionLanguageModel):
 
     def image_states(self, image: Encoded) -> Encoded:
         """The states of pictures by themselves; of a clip frame by frame."""
+        return self._image_states(image)
+
+    def _image_states(self, image: Encoded, token: int | None = None) -> Encoded:
+        hidden_BND, mask_BN = image.hidden_BLD, image.mask_BL
         if image.frames > 1:
-            frames_BND = image.hidden_BLD.reshape(len(image) * image.frames, -1, self.width)
-            return Encoded(self.network(frames_BND, frames_BND.shape[1])).as_clips(image.frames)
-        hidden_BND = image.hidden_BLD
-        return Encoded(self.network(hidden_BND, hidden_BND.shape[1], image.mask_BL), image.mask_BL)
+            hidden_BND, mask_BN = hidden_BND.reshape(len(image) * image.frames, -1, self.width), None
+        states_BND = self.network(hidden_BND, hidden_BND.shape[1], mask_BN, token)
+        states = Encoded(states_BND, mask_BN if token is None else None)
+        return states.as_clips(image.frames) if image.frames > 1 else states
 
     def text_states(self, text: Encoded) -> Encoded:
         """The states of texts by themselves."""
@@ -465,25 +525,34 @@ class Eve(VisionLanguageModel):
 
     def embed_image(self, image: Encoded) -> Tensor:
         """Unit-length embeddings [B, E]; of a clip that of the mean state over its frames."""
-        return self._embed(self.image_projection, self.image_states(image).mean_frame())
+        return self._embed(self.image_projection, self._image_states(image, 0).mean_frame().hidden_BLD)
 
     def embed_picture(self, image: Encoded) -> Tensor:
-        return self._embed(self.image_projection, self.image_states(image))
+        return self._embed(self.image_projection, self._image_states(image, 0).hidden_BLD)
 
     def embed_text(self, text: Encoded) -> Tensor:
-        return self._embed(self.text_projection, self.text_states(text))
+        return self._embed(self.text_projection, self.network(text.hidden_BLD, 0, text.mask_BL, 0))
 
     @staticmethod
-    def _embed(projection: nn.Module, states: Encoded) -> Tensor:
-        return F.normalize(projection(states.hidden_BLD[:, 0]), dim=-1)
+    def _embed(projection: nn.Module, states_B1D: Tensor) -> Tensor:
+        return F.normalize(projection(states_B1D[:, 0]), dim=-1)
 
     def fuse(self, image: Encoded, text: Encoded, image_rows_B: Tensor | None = None) -> Fused:
-        if image_rows_B is not None:
-            image = image.rows(image_rows_B)
-        joint, count = Encoded.join(image, text), image.hidden_BLD.shape[1]
+        image, joint, count = self._join(image, text, image_rows_B)
         states_BTD = self.network(joint.hidden_BLD, count, joint.mask_BL)
         image_BND, text_BLD = states_BTD[:, :count], states_BTD[:, count:]
         return Fused(image_BND, text_BLD, text_BLD[:, 0], image.mask_BL, text.mask_BL)
+
+    def pool(self, image: Encoded, text: Encoded, image_rows_B: Tensor | None = None) -> Tensor:
+        _, joint, count = self._join(image, text, image_rows_B)
+        return self.network(joint.hidden_BLD, count, joint.mask_BL, token=count)[:, 0]
+
+    @staticmethod
+    def _join(image: Encoded, text: Encoded, image_rows_B: Tensor | None) -> tuple[Encoded, Encoded, int]:
+        """The image of each text, both as one sequence, and how many tokens of it are the image's."""
+        if image_rows_B is not None:
+            image = image.rows(image_rows_B)
+        return image, Encoded.join(image, text), image.hidden_BLD.shape[1]
 
     def match_logits(self, pooled_BP: Tensor) -> Tensor:
         return self.match_head(pooled_BP)

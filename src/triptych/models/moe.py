@@ -73,13 +73,13 @@ class Routing:
         probability_ME: sums over the tokens of a modality of the probabilities of each expert, with gradients.
         first_ME: how many tokens have this expert as their first choice.
         chosen_ME: how many tokens have it as any choice, before dropping.
-        dropped: choices that found no room.
+        dropped: choices that found no room; ``None`` without a capacity.
     """
 
     probability_ME: Tensor
     first_ME: Tensor
     chosen_ME: Tensor
-    dropped: Tensor
+    dropped: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ class Router(nn.Module):
         """x + b, for experts that see what the router sees."""
         if self.modality is None:
             return x_SD
-        return x_SD + one_hot(modality_S, MODALITIES, self.modality.dtype) @ self.modality
+        image_D, text_D = self.modality
+        return x_SD + torch.where(modality_S[:, None] == 0, image_D, text_D)
 
     def _logits(self, x_SD: Tensor, of_SM: Tensor) -> Tensor:
         """W (x + b) as W x + W b, which makes no second copy of the tokens."""
@@ -159,7 +160,7 @@ class Router(nn.Module):
             of_SM = of_SM * real_S[:, None]
         chosen_SKE = one_hot(expert_SK, self.config.experts, of_SM.dtype)
         first_ME, chosen_ME = of_SM.T @ chosen_SKE[:, 0], of_SM.T @ chosen_SKE.sum(1)
-        dropped = of_SM.new_zeros(()) if kept_SK is None else (of_SM.sum(1, keepdim=True) * (1 - kept_SK)).sum()
+        dropped = None if kept_SK is None else (of_SM.sum(1, keepdim=True) * (1 - kept_SK)).sum()
         return Routing(of_SM.T @ probability_SE, first_ME, chosen_ME, dropped)
 
     def _with_room(self, expert_SK: Tensor, real_S: Tensor | None) -> Tensor:
@@ -178,10 +179,9 @@ class Router(nn.Module):
 
 
 def one_hot(index: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """One more dimension: 1 where it is the index, else 0. Products with it replace looking up and adding up.
+    """One more dimension: 1 where it is the index, else 0. Products with it take the place of looking up in few rows.
 
-    Few rows that are looked up again and again are slow to add gradients to one by one, and on a GPU it happens in no
-    certain order.
+    To those gradients would be added one by one, which takes long, and on a GPU comes in no certain order.
     """
     return (index[..., None] == torch.arange(classes, device=index.device)).to(dtype)
 
@@ -321,9 +321,9 @@ class Rows:
         return self.add_bias(y_RO, bias_EO.to(dtype), by_product=y_RO.is_cuda)
 
     def add_bias(self, y_RO: Tensor, bias_EO: Tensor, *, by_product: bool) -> Tensor:
-        """In place. ``by_product`` gives the same as a matrix product, by which a GPU adds up the gradients of a bias.
+        """In place; ``by_product`` for a GPU, where a product adds up the gradients of a bias, as :func:`one_hot` says.
 
-        Otherwise it would add row after row to few sums in bf16.
+        A CPU adds them up well, and without AVX512-BF16 is slow at products in bf16.
         """
         if by_product:
             return y_RO.addmm_(one_hot(self.expert_R, len(bias_EO), y_RO.dtype), bias_EO)
@@ -356,25 +356,32 @@ class SoftMoE(nn.Module):
             real_S: bool, ``False`` for padding; ``None`` where there is none.
             real: how many tokens are real, where the caller knows it.
         """
+        y_SD, routing = self.mix(x_SD, modality_S, real_S, real)
+        self.record(routing)
+        return y_SD
+
+    def mix(
+        self, x_SD: Tensor, modality_S: Tensor, real_S: Tensor | None = None, real: int | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """The same, and what :meth:`record` wants, for a caller that is compiled, or recomputed in the backward pass.
+
+        It depends on nobody's recording then, and nothing is recorded twice.
+        """
         if real_S is None or self.config.route_padding:
             real_S, real = None, len(x_SD)
         elif real is None:
             real = int(real_S.sum())
         if self.config.modality_into_experts:
             x_SD = self.router.add_modality(x_SD, modality_S)
-        # Where there are gradients, whoever records or not: recomputing a block must do the same again.
-        count = self.routings is not None or torch.is_grad_enabled()
+        count = torch.is_grad_enabled() or self.routings is not None
         choice, routing = self.router(x_SD, modality_S, real_S, count=count)
-        if routing is not None:
-            self._record(routing)
         dispatch = Dispatch(choice.expert_SK, self.config.experts, real_S, real * self.config.top_k)
         rows_RD = dispatch.rows(x_SD.to(arithmetic(x_SD)))  # cast before there are K rows of each
-        return dispatch.tokens(self.experts(rows_RD, dispatch.counts_E), choice.weight_SK)
+        return dispatch.tokens(self.experts(rows_RD, dispatch.counts_E), choice.weight_SK), routing
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _record(self, routing: Routing) -> None:
-        """Apart from what is compiled: a block that is recomputed when nobody records must be the same code."""
-        if self.routings is not None:
+    def record(self, routing: Routing | None) -> None:
+        """Tell whoever is inside :func:`record_routing`."""
+        if self.routings is not None and routing is not None:
             self.routings.append(routing)
 
 

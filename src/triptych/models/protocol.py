@@ -287,11 +287,12 @@ class VisionLanguageModel(nn.Module, ABC):
     def train_only(self, *used: Part) -> None:
         """Freeze every parameter that would never get a gradient: those outside the parts that a task runs.
 
-        Where neither a decoder nor ``fused_image`` reads the fused image states, what only makes these, too.
+        Where neither a decoder (of words or of pixels) nor ``fused_image`` reads the fused image states, what only
+        makes these, too.
         """
         names = {name for part in used for name in self.parts.get(part, ())}
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.partition(".")[0] in names)
-        if not {"decoder", "fused_image"} & set(used):
+        if not {"decoder", "pixels", "fused_image"} & set(used):
             for module in self.for_fused_image():
                 module.requires_grad_(False)

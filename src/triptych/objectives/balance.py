@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from triptych.models.moe import Routing, SoftMoE, record_routing
 from triptych.objectives.distributed import world_size
@@ -27,7 +28,7 @@ class BalanceConfig:
     """The auxiliary loss of networks with a soft router; others have none.
 
     Attributes:
-        weight: alpha; 0 for none.
+        weight: alpha; 0 for none, where the load of the experts is measured all the same.
         fractions: whether f counts the first choice of each token (the released code) or all K of them.
     """
 
@@ -58,7 +59,7 @@ def balance_loss(routings: Mapping[str, Sequence[Routing]], fractions: Fractions
         # One row a call; layers can have different numbers of experts.
         widest = max(call.first_ME.shape[1] for call in flat)
         counted = [call.first_ME if fractions == "first" else call.chosen_ME for call in flat]
-        rows = [torch.nn.functional.pad(counts_ME.sum(0), (0, widest - counts_ME.shape[1])) for counts_ME in counted]
+        rows = [F.pad(counts_ME.sum(0), (0, widest - counts_ME.shape[1])) for counts_ME in counted]
         tokens = torch.stack([call.first_ME.sum() for call in flat])
         sums = torch.cat([torch.stack(rows), tokens[:, None]], dim=1)
         if world_size() > 1:
@@ -96,11 +97,11 @@ class Balanced(nn.Module):
         return self.task.kept  # type: ignore[return-value]
 
     def forward(self, batch: Any, step: int = 0, part: int = 0) -> dict[str, Tensor]:
-        """The task's losses, and ``balance``, already weighted."""
+        """The task's losses, and ``balance``, already weighted, unless its weight is 0."""
         with record_routing(self.task) as routings:
             losses: dict[str, Tensor] = dict(self.task(batch, step, part))
         self.measures = dict(getattr(self.task, "measures", {})) | load_measures(routings)
-        if any(routings.values()):
+        if self.config.weight and any(routings.values()):
             losses["balance"] = self.config.weight * balance_loss(routings, self.config.fractions)
         return losses
 
@@ -121,8 +122,9 @@ def load_measures(routings: Mapping[str, Sequence[Routing]]) -> dict[str, Tensor
         "busiest": torch.stack([share_E.max() * len(share_E) for share_E in shares]).max(),
         "idle": torch.cat([(share_E == 0).float() for share_E in shares]).mean(),
     }
-    dropped = torch.stack([call.dropped for calls in routings.values() for call in calls]).sum()
-    if dropped > 0:
-        tokens = torch.stack([call.first_ME.sum() for calls in routings.values() for call in calls]).sum()
-        measures["dropped"] = dropped / tokens
+    counted = [(call.dropped, call.first_ME) for calls in routings.values() for call in calls]
+    dropped = [lost for lost, _ in counted if lost is not None]
+    if dropped:
+        tokens = torch.stack([first_ME.sum() for lost, first_ME in counted if lost is not None]).sum()
+        measures["dropped"] = torch.stack(dropped).sum() / tokens.clamp(min=1)
     return measures

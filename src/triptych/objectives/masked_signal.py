@@ -316,7 +316,7 @@ def uses_of(config: MaskedSignalConfig) -> tuple[Part, ...]:
     if config.signals != "image":
         used += ("masked",)
     if config.signals != "text":
-        used += ("fused_image", "pixels")
+        used += ("pixels",)
     if config.contrast == "itc":
         used += ("embedding",)
     if config.matching != "none":

@@ -173,7 +173,7 @@ def run_recipe(recipe: Recipe, folder: Path, process: Process | None = None) -> 
         description = task_description(recipe, task)
         return save_folder(folder / name, model, tokenizer, recipe.data.preprocessing, task=description, task_state=own)
 
-    trained = Balanced(task, recipe.balance) if recipe.balance.weight and has_soft_router(model) else task
+    trained = Balanced(task, recipe.balance) if has_soft_router(model) else task
     trainer = Trainer(
         trained,
         loader,
